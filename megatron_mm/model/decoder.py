@@ -1,0 +1,107 @@
+"""The language decoder: Megatron-Core's GPTModel, configured. The one factory that the rest of the package calls."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_mm.config import RunConfig
+from megatron_mm.parallel.backend import import_megatron
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Fusions that come with Transformer Engine or apex. The local layers do without.
+_NO_FUSIONS = {
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "moe_permute_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_grouped_gemm": False,
+}
+
+
+def transformer_config(config: RunConfig) -> "TransformerConfig":
+    """Megatron-Core's configuration of the decoder's layers, with the run's layout."""
+    import_megatron()
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    d, p = config.model.decoder, config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    options: dict[str, Any] = dict(
+        num_layers=d.num_layers,
+        hidden_size=d.hidden_size,
+        num_attention_heads=d.num_attention_heads,
+        num_query_groups=d.num_query_groups,
+        kv_channels=d.head_dim,
+        ffn_hidden_size=d.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=d.layernorm_epsilon,
+        qk_layernorm=d.family == "qwen3",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        # Weights come from `initialization.py`, which makes them independent of the layout.
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
+        sequence_parallel=p.sequence_parallel,
+        **_NO_FUSIONS,
+    )
+    if p.first_pipeline_stage_layers is not None:
+        options["num_layers_in_first_pipeline_stage"] = p.first_pipeline_stage_layers
+    if config.training.recompute:
+        options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if d.moe is not None:
+        options.update(
+            num_moe_experts=d.moe.num_experts,
+            moe_router_topk=d.moe.topk,
+            moe_layer_freq=moe_layer_pattern(d.num_layers, d.moe.layer_freq),
+            moe_ffn_hidden_size=d.moe.ffn_hidden_size or d.ffn_hidden_size,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=d.moe.load_balance_coeff,
+            moe_z_loss_coeff=d.moe.z_loss_coeff,
+            moe_token_dispatcher_type="alltoall",
+        )
+    return TransformerConfig(**options)
+
+
+def moe_layer_pattern(num_layers: int, layer_freq: int) -> list[int]:
+    """1 where a layer holds experts: every `layer_freq`-th, counted so that the last of each period does."""
+    return [int((i + 1) % layer_freq == 0) for i in range(num_layers)]
+
+
+def build_decoder(
+    config: RunConfig, transformer: "TransformerConfig", pre_process: bool, post_process: bool
+) -> "GPTModel":
+    """This rank's part of the decoder. Embeddings come in merged, so the scatter for sequence parallelism is ours."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    d = config.model.decoder
+    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+    return GPTModel(
+        transformer,
+        spec,
+        vocab_size=d.vocab_size,
+        max_sequence_length=config.data.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=d.rotary_base,  # annotated int; used as a float
+        scatter_embedding_sequence_parallel=False,
+    )

@@ -1,0 +1,165 @@
+"""The whole model: image embeddings stand in the decoder's input at their placeholders.
+
+    first stage                                                     every stage                  last stage
+    pixels ─ VisionEncoder ─ CAbstractor ─ gather over TP ┐
+    tokens ─ word embeddings ─────────────────────────────┴ merge ─ GPTModel's layers ─ … ─ output layer ─ loss
+
+Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
+encoder and connector exchange nothing else; their gradients are summed over the group by `finalize_gradients`.
+A rank without images encodes one blank image whose output is dropped: every rank runs the same collectives and
+every parameter gets a gradient, which is exactly zero there.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mm.config import RunConfig, SequenceLayout
+from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.decoder import build_decoder, transformer_config
+from megatron_mm.parallel.backend import import_megatron
+
+import_megatron()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.transformer.enums import ModelType  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+from megatron_mm.model.vision import VisionEncoder  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron_mm.data.batch import Microbatch
+
+
+class _GatherImages(torch.autograd.Function):
+    """[c, …] of each tensor-parallel rank → [tp·c, …] on all. Backward: the slice that came from here.
+
+    Everything after the gather is computed alike on all ranks of the group (or made whole again in its own backward,
+    as sequence parallelism's scatter does), so the incoming gradient is complete and equal on each of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = local.new_empty((group.size() * len(local), *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        share = len(grads[0]) // ctx.group.size()
+        start = ctx.group.rank() * share
+        return grads[0][start : start + share].contiguous(), None
+
+
+class MultimodalModel(MegatronModule):
+    """This rank's pipeline stage of the model.
+
+    `forward` takes a `Microbatch` on this rank's device. Returns the loss of each position, fp32 [b, s], on the last
+    stage (the logits [b, s, vocab/tp] with `return_logits`), and the hidden states [s, b, h] on the others.
+    """
+
+    def __init__(self, config: RunConfig, pre_process: bool, post_process: bool) -> None:
+        self.transformer = transformer_config(config)
+        super().__init__(config=self.transformer)
+        v, c, d = config.model.vision, config.model.connector, config.model.decoder
+        self.pre_process, self.post_process = pre_process, post_process
+        # What Megatron-Core's schedules and gradient finalisation read from the top module.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.image_size = v.image_size
+        self.vision: VisionEncoder | None = None
+        self.connector: CAbstractor | None = None
+        if pre_process:
+            self.vision = VisionEncoder(v, self.transformer)
+            self.connector = CAbstractor(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
+            self.connector.to(self.transformer.params_dtype)
+        self.language_model = build_decoder(config, self.transformer, pre_process, post_process)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> None:
+        return None
+
+    def replicated_parameters(self) -> list[torch.nn.Parameter]:
+        """Encoder's and connector's: whole on every tensor-parallel rank, each with a part of the gradient."""
+        modules = [m for m in (self.vision, self.connector) if m is not None]
+        return [p for module in modules for p in module.parameters()]
+
+    def encode_images(self, images: Tensor, num_images: int) -> Tensor:
+        """This rank's share, uint8 [c, 3, H, W] or fewer → all embeddings, [num_images, tokens, hidden]."""
+        assert self.vision is not None
+        assert self.connector is not None
+        group = mpu.get_tensor_model_parallel_group()
+        share = max(1, -(-num_images // group.size()))
+        missing = share - len(images)
+        if missing:
+            blank = images.new_zeros((missing, 3, self.image_size, self.image_size))
+            images = torch.cat([images, blank])
+        embeddings = self.connector(self.vision(images))
+        if group.size() > 1:
+            embeddings = _GatherImages.apply(embeddings, group)
+        return embeddings[:num_images]
+
+    def _merge(self, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
+        """Decoder input [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+        embeddings = self.language_model.embedding(batch.tokens, None)  # [s, b, h]
+        images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
+        placeholders = (batch.tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
+        merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
+        merged = merged.transpose(0, 1).contiguous()
+        if self.transformer.sequence_parallel:
+            merged = tensor_parallel.scatter_to_sequence_parallel_region(merged)
+        return merged
+
+    def forward(self, batch: "Microbatch", layout: SequenceLayout, return_logits: bool = False) -> Tensor:
+        return self.language_model(
+            input_ids=batch.tokens,
+            position_ids=None,
+            attention_mask=attention_mask(batch.documents),
+            decoder_input=self._merge(batch, layout) if self.pre_process else None,
+            labels=None if return_logits else batch.labels,
+        )
+
+
+def attention_mask(documents: Tensor) -> Tensor:
+    """int [b, s] document numbers → bool [b, 1, s, s], True where attention is NOT allowed (Megatron's sense).
+
+    Causal, and within one document. RoPE is relative, so positions need not restart with a document for its
+    attention to be that of the document alone.
+    """
+    s = documents.shape[1]
+    causal = torch.ones(s, s, dtype=torch.bool, device=documents.device).tril()
+    same = documents.unsqueeze(1) == documents.unsqueeze(2)
+    return ~(same & causal).unsqueeze(1)
+
+
+def build_model(config: RunConfig) -> MultimodalModel:
+    """This rank's stage with its initial weights, on this rank's device. Groups must exist."""
+    from megatron_mm.model.initialization import initialize_weights
+    from megatron_mm.parallel.backend import device
+
+    model = MultimodalModel(config, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage())
+    model.to(device())
+    initialize_weights(model, config)
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: MultimodalModel) -> None:
+    """Tell Megatron-Core which parameters are parts over the tensor-parallel group: gradient norms count those on
+    every rank and all others once. It marks them as it initialises them, which it does not do here."""
+    from megatron_mm.model.sharding import pieces
+
+    held: dict[torch.nn.Parameter, int] = {}
+    whole: dict[torch.nn.Parameter, int] = {}
+    for piece in pieces(model):
+        held[piece.parameter] = held.get(piece.parameter, 0) + piece.numel
+        whole[piece.parameter] = torch.Size(piece.global_shape[piece.leading :]).numel()
+    for parameter in model.parameters():
+        parameter.tensor_model_parallel = held[parameter] < whole[parameter]
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -1,0 +1,99 @@
+"""The image encoder: a CLIP-shaped ViT on Megatron-Core's transformer block.
+
+    pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ + class token ─ + positions ─ LayerNorm ─ block ─ patch tokens
+
+Megatron-Core's own CLIPViTModel fixes the resolution and returns what LLaVA needs; this one is the same network with
+what MM1 needs, and its parameters keep Megatron's names. It is not tensor-parallel: each tensor-parallel rank encodes
+its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is exchanged.
+"""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_mm.config import VisionConfig
+from megatron_mm.parallel.backend import import_megatron
+
+import_megatron()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlock  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), as in OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig") -> "TransformerConfig":
+    """The decoder's configuration with the encoder's shape, and none of the decoder's parallelism or experts."""
+    config = copy.deepcopy(decoder)
+    config.num_layers = vision.num_layers
+    config.hidden_size = vision.hidden_size
+    config.num_attention_heads = config.num_query_groups = vision.num_attention_heads
+    config.kv_channels = vision.hidden_size // vision.num_attention_heads
+    config.ffn_hidden_size = vision.ffn_hidden_size
+    config.normalization = "LayerNorm"
+    config.layernorm_epsilon = vision.layernorm_epsilon
+    config.qk_layernorm = False
+    config.gated_linear_unit = False
+    config.activation_func = quick_gelu if vision.activation == "quick_gelu" else torch.nn.functional.gelu
+    config.add_bias_linear = True
+    config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.expert_model_parallel_size = 1
+    config.sequence_parallel = False
+    config.num_layers_in_first_pipeline_stage = None
+    config.num_moe_experts = None
+    config.moe_layer_freq = 1
+    return config
+
+
+def _single_rank_groups() -> ProcessGroupCollection:
+    """Process groups for layers that are whole on every rank. Context parallelism is never more than 1 here, so its
+    group holds this rank alone and serves as a group of one without a new communicator."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    alone = mpu.get_context_parallel_group()
+    assert alone.size() == 1
+    groups.tp = groups.pp = groups.cp = alone
+    return groups
+
+
+class VisionEncoder(MegatronModule):
+    """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped, no final norm)."""
+
+    def __init__(self, vision: VisionConfig, decoder: "TransformerConfig") -> None:
+        config = vision_transformer_config(vision, decoder)
+        super().__init__(config=config)
+        self.conv1 = torch.nn.Conv2d(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, bias=False)
+        self.class_token = torch.nn.Parameter(torch.empty(1, 1, vision.hidden_size))
+        self.position_embeddings = torch.nn.Embedding(1 + vision.grid**2, vision.hidden_size)
+        self.ln_pre = WrappedTorchNorm(config, vision.hidden_size, eps=vision.layernorm_epsilon)
+        spec = get_vit_layer_with_local_spec()
+        spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the stock spec says causal
+        self.decoder = TransformerBlock(
+            config, spec, pre_process=True, post_process=False, pg_collection=_single_rank_groups()
+        )
+        # Not buffers: those would follow the module into bf16.
+        self.mean = [255 * m for m in vision.image_mean]
+        self.std = [255 * s for s in vision.image_std]
+        self.to(decoder.params_dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # Normalised in fp32, whatever the compute type: bf16 would round the mean and the levels.
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        x = (pixels.float() - mean) / std
+        x = self.conv1(x.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [n, grid², h]
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.ln_pre(x + self.position_embeddings.weight)
+        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [1 + grid², n, h]
+        return x[1:].transpose(0, 1).contiguous()

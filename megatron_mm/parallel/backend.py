@@ -1,0 +1,41 @@
+"""The door to Megatron-Core: `import_megatron()` before any `megatron.core` import, anywhere in the package.
+
+On a GPU machine it imports Megatron-Core and changes nothing but what a missing Transformer Engine breaks.
+On a CPU machine it first puts CPU objects where Megatron-Core asks for CUDA's (see `cpu.py`).
+"""
+
+import functools
+import warnings
+
+import torch
+
+from megatron_mm.errors import UserError
+from megatron_mm.parallel import cpu, without_te
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live (the current CUDA device, or the CPU)."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+@functools.cache
+def import_megatron() -> None:
+    if not on_gpu():
+        cpu.enable()
+    try:
+        with warnings.catch_warnings():
+            # Megatron-Core warns of each optional package that is absent; what matters is checked by the config.
+            warnings.simplefilter("ignore")
+            import megatron.core
+            import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "Megatron-Core is not importable", found=str(error), do="pip install 'megatron-core>=0.16.1,<0.20'"
+        ) from error
+    without_te.apply()
+    if not on_gpu():
+        cpu.patch_collectives()

@@ -1,0 +1,81 @@
+"""Process groups: torch.distributed, Megatron-Core's model-parallel groups, and this rank's place in them."""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron_mm.parallel.launch import Launch
+
+from megatron_mm.config import RunConfig, check_layout
+from megatron_mm.parallel.backend import device, import_megatron, on_gpu
+
+# A rank that waits longer than this for the others reports instead of hanging. Checkpoints of large models
+# are written by threads, so no collective waits for a disk.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=20)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. Sizes are those of `config.parallel`; `dp` is what is left of the world."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    first_stage: bool  # holds the encoder, the connector and the token embeddings
+    last_stage: bool  # computes the loss
+
+    @property
+    def image_share(self) -> tuple[int, int] | None:
+        """Which part of a microbatch's images this rank decodes and encodes; None: it needs no pixels."""
+        return (self.tp_rank, self.tp_size) if self.first_stage else None
+
+
+def initialize(config: RunConfig, launch: Launch) -> Topology:
+    """Join the world and build the groups. The layout is checked before any process group or device is taken."""
+    check_layout(config, launch.world_size)
+    import_megatron()
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    if on_gpu():
+        torch.cuda.set_device(launch.local_rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    p = config.parallel
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        first_stage=mpu.is_pipeline_first_stage(),
+        last_stage=mpu.is_pipeline_last_stage(),
+    )
+
+
+def shut_down() -> None:
+    from megatron.core import parallel_state as mpu
+
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def all_max(value: int) -> int:
+    """The largest of all ranks' values: how ranks agree on a flag."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())

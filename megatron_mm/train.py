@@ -1,0 +1,40 @@
+"""The training command: `python -m megatron_mm.train --config FILE [a.b=value …]`.
+
+Started alone it is a run of one rank; under torchrun, srun or mpiexec each process becomes a rank of one run.
+"""
+
+import argparse
+import os
+import sys
+
+from megatron_mm.config import check_layout, load_config
+from megatron_mm.errors import UserError
+from megatron_mm.parallel.launch import launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_mm.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a run as YAML; see docs/ and examples/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="fields of the config to change")
+    arguments = parser.parse_args()
+    world = launch()
+    try:
+        # Before anything heavy is imported: a wrong field is told within a second, on rank 0 alone.
+        config = load_config(arguments.config, arguments.overrides)
+        check_layout(config, world.world_size)
+        from megatron_mm.training.loop import train
+
+        train(config, world)
+    except UserError as error:
+        # All ranks raise the same error together; one of them tells it.
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Library threads (gloo, DataLoader) may outlive an error; nothing of ours is left to do.
+    os._exit(code) if code else sys.exit(0)

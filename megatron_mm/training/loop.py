@@ -1,0 +1,120 @@
+"""The training loop: from a configuration to a finished run, over any number of interruptions."""
+
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from megatron_mm.data.loader import TrainingData
+from megatron_mm.parallel.launch import Launch
+from megatron_mm.training.resilience import StopSignal, write_outcome
+
+from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.parallel.topology import Topology, all_max, initialize, shut_down
+from megatron_mm.training.checkpoint import Checkpointer, load_weights, together
+from megatron_mm.training.optimizer import peak_learning_rates
+from megatron_mm.training.step import Trainer
+from megatron_mm.training.telemetry import Telemetry
+
+
+def train(config: RunConfig, launch: Launch) -> None:
+    """Train to `training.steps`, or to a stop signal: then checkpoint and return. Run it again to go on."""
+    stop = StopSignal(config.run_dir, launch.rank)
+    topology = initialize(config, launch)
+    try:
+        _train(config, launch, topology, stop)
+    finally:
+        shut_down()
+
+
+def _open_data(config: RunConfig, launch: Launch) -> TrainingData:
+    """One process a node checks the sources and packs; then all open what it wrote."""
+    together(lambda: TrainingData.prepare(config) if launch.local_rank == 0 else None)
+    opened: list[TrainingData] = []
+    together(lambda: opened.append(TrainingData.open(config)))
+    return opened[0]
+
+
+def _train(config: RunConfig, launch: Launch, topology: Topology, stop: StopSignal) -> None:
+    t = config.training
+    main = topology.rank == 0
+    data = _open_data(config, launch)
+    trainer = Trainer(config, topology, data.layout, len(data.source_names))
+    checkpointer = Checkpointer(config, trainer, Path(data.tokenizer.path))
+    done = checkpointer.load_latest()
+    telemetry = Telemetry(config, data.source_names, done, active=main)
+    if done:
+        telemetry.say(f"resumed after step {done}")
+    elif config.checkpoint.init_from:
+        kept = load_weights(trainer, config.checkpoint.init_from)
+        telemetry.say(f"weights from {', '.join(config.checkpoint.init_from)}; {len(kept)} tensors start at random")
+    if main:
+        _write_config(config)
+    telemetry.say(_summary(config, topology, trainer))
+    telemetry.say(data.report())
+
+    batches = data.train_loader(done, topology.dp_rank, topology.dp_size, topology.image_share)
+    saved = done
+    while done < t.steps:
+        started = time.perf_counter()
+        microbatches = list(islice(batches, trainer.microbatches_per_step))
+        waited = time.perf_counter() - started
+        result = trainer.train_step(microbatches, done)
+        done += 1
+        telemetry.step(done, result, waited)
+        checkpointer.poll()
+        if t.validation_interval and (done % t.validation_interval == 0 or done == t.steps):
+            telemetry.validation(done, validate(trainer, data, topology))
+        stopping = all_max(int(stop.requested())) > 0
+        if done % config.checkpoint.interval == 0 or done == t.steps or stopping:
+            checkpointer.save(done)
+            saved = done
+        if stopping and done < t.steps:
+            checkpointer.wait()
+            if main:
+                write_outcome(config.run_dir, "preempted", done)
+            telemetry.say(f"stopped on request after step {done}; start again to go on")
+            telemetry.close()
+            return
+    checkpointer.wait()
+    if main:
+        write_outcome(config.run_dir, "finished", done)
+    telemetry.say(f"finished after step {saved}: {config.run_dir}")
+    telemetry.close()
+
+
+def validate(trainer: Trainer, data: TrainingData, topology: Topology) -> dict[str, float]:
+    """Held-out loss of each source that has held-out documents, over `validation_batches` global batches."""
+    losses = {}
+    for number, name in enumerate(data.source_names):
+        batches = data.validation_loader(number, topology.dp_rank, topology.dp_size, topology.image_share)
+        total = tokens = 0.0
+        while group := list(islice(batches, trainer.microbatches_per_step)):
+            result = trainer.evaluate(group)
+            total += result.loss * result.text_tokens
+            tokens += result.text_tokens
+        if tokens:
+            losses[name] = total / tokens
+    return losses
+
+
+def _write_config(config: RunConfig) -> None:
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_yaml(config))
+
+
+def _summary(config: RunConfig, topology: Topology, trainer: Trainer) -> str:
+    p = config.parallel
+    lr, connector_lr = peak_learning_rates(config)
+    local = sum(q.numel() for q in trainer.model.parameters())
+    where = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a rank"
+    )
+    sizes = f"tensor {topology.tp_size} × pipeline {p.pipeline_model_parallel_size} × data {topology.dp_size}"
+    if config.model.decoder.moe:
+        sizes += f", experts {p.expert_model_parallel_size}"
+    return (
+        f"{topology.world_size} ranks ({where}): {sizes}; {local / 1e6:.1f}M parameters on rank 0; "
+        f"{config.training.precision}; peak learning rate {lr:.2e} (connector {connector_lr:.2e})"
+    )

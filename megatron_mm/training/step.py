@@ -1,0 +1,159 @@
+"""One optimizer step: the global batch's loss, its gradients, the update.
+
+The loss is the mean over the text tokens of the whole global batch:
+
+    L = Σ_i m_i · CE_i / Σ_i m_i        i over all positions of all sequences, m the loss mask
+
+The divisor is counted over all data-parallel ranks before the forward pass, so the gradient is the same however the
+sequences were dealt to ranks and microbatches, and a rank whose microbatch holds little or no text neither gains nor
+loses weight. (Megatron-Core's own per-token mode divides the experts' auxiliary losses by the count of text tokens as
+well, which image positions would inflate; here they keep their plain mean over microbatches.)
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mm.config import RunConfig, SequenceLayout
+from megatron_mm.model.multimodal import MultimodalModel, build_model
+from megatron_mm.parallel.backend import device
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.optimizer import build_optimizer, set_learning_rate
+
+if TYPE_CHECKING:
+    from megatron_mm.data.batch import Microbatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one global batch, the same on every rank."""
+
+    loss: float
+    source_losses: list[float | None]  # mean over the source's text tokens; None: it had none in this batch
+    text_tokens: int  # that carry loss
+    positions: int  # of the sequences, padding included
+    images: int
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+
+
+class Trainer:
+    """The model wrapped for data parallelism, its optimizer, and the steps over them."""
+
+    def __init__(self, config: RunConfig, topology: Topology, layout: SequenceLayout, num_sources: int) -> None:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.transformer.module import Float16Module
+
+        self.config, self.topology, self.layout, self.num_sources = config, topology, layout, num_sources
+        self.model: MultimodalModel = build_model(config)
+        self.transformer = self.model.transformer
+        wrapped: Any = self.model
+        if config.training.precision == "bf16":
+            wrapped = Float16Module(self.transformer, wrapped)
+        p = config.parallel
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=p.overlap_grad_reduce,
+            use_distributed_optimizer=p.distributed_optimizer,
+            average_in_collective=False,
+            check_for_nan_in_grad=True,
+        )
+        self.wrapped = DistributedDataParallel(self.transformer, ddp, wrapped)
+        self.optimizer = build_optimizer(config, [self.wrapped])
+        self.transformer.grad_scale_func = self.optimizer.scale_loss
+        self.transformer.finalize_model_grads_func = self._finalize_gradients
+        if p.overlap_grad_reduce:
+            self.transformer.no_sync_func = self.wrapped.no_sync
+
+    @property
+    def microbatches_per_step(self) -> int:
+        """Of this rank, in one global batch."""
+        t = self.config.training
+        return t.global_batch_size // (t.micro_batch_size * self.topology.dp_size)
+
+    def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Megatron-Core's, then the sum over the tensor-parallel group of what each rank's images gave to the
+        replicated encoder and connector."""
+        from megatron.core import parallel_state as mpu
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize_model_grads(model, num_tokens, **kwargs)
+        if self.topology.tp_size == 1:
+            return
+        gradients: list[Tensor] = [p.main_grad for p in self.model.replicated_parameters()]  # type: ignore[attr-defined]
+        if gradients:
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            dist.all_reduce(flat, group=mpu.get_tensor_model_parallel_group())
+            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(summed)
+
+    def _run(self, batches: Sequence["Microbatch"], forward_only: bool) -> StepResult:
+        from megatron.core import parallel_state as mpu
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        batches = [batch.to(device()) for batch in batches]
+        text_tokens = torch.stack([b.loss_mask.sum() for b in batches]).sum().double()
+        dist.all_reduce(text_tokens, group=mpu.get_data_parallel_group())
+        # Megatron-Core divides by the microbatches and averages over data-parallel ranks.
+        scale = len(batches) * self.topology.dp_size / max(1.0, text_tokens.item())
+        totals = torch.zeros(2, self.num_sources, dtype=torch.float64, device=device())  # loss, text tokens a source
+
+        def loss_of(batch: "Microbatch", output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            losses = output.float() * batch.loss_mask
+            with torch.no_grad():
+                totals[0].index_add_(0, batch.source_ids, losses.detach().sum(1).double())
+                totals[1].index_add_(0, batch.source_ids, batch.loss_mask.sum(1).double())
+            return losses.sum() * scale, {}
+
+        def forward_step(batches_left: Any, model: Any) -> tuple[Tensor, Any]:
+            batch = next(batches_left)
+            return model(batch, self.layout), functools.partial(loss_of, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.wrapped],
+            num_microbatches=len(batches),
+            seq_length=self.layout.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # One sum over the world tells every rank: the last stage's first tensor-parallel ranks hold the losses.
+        if not (self.topology.last_stage and self.topology.tp_rank == 0):
+            totals.zero_()
+        dist.all_reduce(totals)
+        loss, tokens = totals.tolist()
+        images = torch.tensor(sum(b.num_images for b in batches), device=device())
+        dist.all_reduce(images, group=mpu.get_data_parallel_group())
+        return StepResult(
+            loss=sum(loss) / max(1.0, sum(tokens)),
+            source_losses=[s / n if n else None for s, n in zip(loss, tokens, strict=True)],
+            text_tokens=round(sum(tokens)),
+            positions=len(batches) * self.topology.dp_size * batches[0].tokens.numel(),
+            images=int(images.item()),
+        )
+
+    def forward_backward(self, batches: Sequence["Microbatch"]) -> StepResult:
+        """Gradients of one global batch in `main_grad`, reduced over all ranks; nothing is updated."""
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    def train_step(self, batches: Sequence["Microbatch"], step: int) -> StepResult:
+        """One update from this rank's microbatches of step `step` (0-based)."""
+        result = self.forward_backward(batches)
+        learning_rate = set_learning_rate(self.optimizer, self.config, step)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(**{**result.__dict__, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate})
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:
+        """The loss of one global batch, without gradients."""
+        self.wrapped.eval()
+        return self._run(batches, forward_only=True)
