@@ -71,8 +71,8 @@ class Telemetry:
         by_source = ", ".join(f"{n} {metrics[f'loss/{n}']:.3f}" for n in self.source_names if f"loss/{n}" in metrics)
         self.say(
             f"step {step:>{len(str(total))}}/{total} | loss {result.loss:.4f} ({by_source}) "
-            f"| lr {result.learning_rate:.2e} | grad {result.grad_norm:.3f} | {_rate(metrics['tokens_per_s'])} tokens/s | "
-            f"{_rate(metrics['images_per_s'])} images/s | ETA {_clock(eta)}"
+            f"| lr {result.learning_rate:.2e} | grad {result.grad_norm:.3f} "
+            f"| {_rate(metrics['tokens_per_s'])} tokens/s | {_rate(metrics['images_per_s'])} images/s | ETA {_clock(eta)}"
         )
         self.last_time, self.last_step = now, step
         self.data_seconds, self.tokens, self.images = 0.0, 0, 0

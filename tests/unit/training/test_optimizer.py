@@ -9,7 +9,7 @@ from tests.parallel.recipes import MODEL
 
 @pytest.mark.parametrize(
     ("parameters", "expected"),
-    [(9.4e6, 6.75e-4), (84.9e6, 2.62e-4), (302e6, 1.54e-4), (1.208e9, 8.58e-5), (2.944e9, 5.92e-5), (6.443e9, 4.24e-5)],
+    [(9e6, 6.75e-4), (85e6, 2.62e-4), (302e6, 1.54e-4), (1.2e9, 8.6e-5), (2.9e9, 5.92e-5), (6.4e9, 4.24e-5), (30e9, 2.21e-5)],
 )
 def test_law_gives_the_papers_rates(parameters: float, expected: float) -> None:
     assert mm1_learning_rate(parameters) == pytest.approx(expected, rel=0.005)
