@@ -17,8 +17,10 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="a run as YAML; see docs/ and examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="fields of the config to change")
     arguments = parser.parse_args()
-    world = launch()
+    rank = 0
     try:
+        world = launch()
+        rank = world.rank
         # Before anything heavy is imported: a wrong field is told within a second, on rank 0 alone.
         config = load_config(arguments.config, arguments.overrides)
         check_layout(config, world.world_size)
@@ -27,7 +29,7 @@ def main() -> int:
         train(config, world)
     except UserError as error:
         # All ranks raise the same error together; one of them tells it.
-        if world.rank == 0:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -12,7 +12,7 @@ well, which image positions would inflate; here they keep their plain mean over 
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class StepResult:
     images: int
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    expert_losses: dict[str, float] = field(default_factory=dict)  # load balance and z, means over MoE layers
 
 
 class Trainer:
@@ -150,7 +151,31 @@ class Trainer:
         result = self.forward_backward(batches)
         learning_rate = set_learning_rate(self.optimizer, self.config, step)
         _, grad_norm, _ = self.optimizer.step()
-        return StepResult(**{**result.__dict__, "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate})
+        return replace(
+            result,
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            expert_losses=self._expert_losses(len(batches)),
+        )
+
+    def _expert_losses(self, microbatches: int) -> dict[str, float]:
+        """Megatron-Core's record of the routers' auxiliary losses in this step, without their coefficients."""
+        moe = self.config.model.decoder.moe
+        if moe is None:
+            return {}
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        totals: dict[str, Tensor] = {}
+        track_moe_metrics(
+            loss_scale=1 / microbatches,
+            iteration=0,
+            total_loss_dict=totals,
+            force_initialize=True,
+            track_names=["load_balancing_loss", "z_loss"],
+            num_layers=self.transformer.num_layers,
+            moe_layer_freq=self.transformer.moe_layer_freq,
+        )
+        return {f"moe/{name}": float(value) for name, value in totals.items()}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:

@@ -57,6 +57,7 @@ class Telemetry:
         for name, loss in zip(self.source_names, result.source_losses, strict=True):
             if loss is not None:
                 metrics[f"loss/{name}"] = loss
+        metrics |= result.expert_losses
         metrics |= {
             "grad_norm": result.grad_norm,
             "lr": result.learning_rate,
@@ -72,7 +73,8 @@ class Telemetry:
         self.say(
             f"step {step:>{len(str(total))}}/{total} | loss {result.loss:.4f} ({by_source}) "
             f"| lr {result.learning_rate:.2e} | grad {result.grad_norm:.3f} "
-            f"| {_rate(metrics['tokens_per_s'])} tokens/s | {_rate(metrics['images_per_s'])} images/s | ETA {_clock(eta)}"
+            f"| {_rate(metrics['tokens_per_s'])} tokens/s | {_rate(metrics['images_per_s'])} images/s "
+            f"| ETA {_clock(eta)}"
         )
         self.last_time, self.last_step = now, step
         self.data_seconds, self.tokens, self.images = 0.0, 0, 0

@@ -9,7 +9,15 @@ from tests.parallel.recipes import MODEL
 
 @pytest.mark.parametrize(
     ("parameters", "expected"),
-    [(9e6, 6.75e-4), (85e6, 2.62e-4), (302e6, 1.54e-4), (1.2e9, 8.6e-5), (2.9e9, 5.92e-5), (6.4e9, 4.24e-5), (30e9, 2.21e-5)],
+    [
+        (9e6, 6.75e-4),
+        (85e6, 2.62e-4),
+        (302e6, 1.54e-4),
+        (1.2e9, 8.6e-5),
+        (2.9e9, 5.92e-5),
+        (6.4e9, 4.24e-5),
+        (30e9, 2.21e-5),
+    ],
 )
 def test_law_gives_the_papers_rates(parameters: float, expected: float) -> None:
     assert mm1_learning_rate(parameters) == pytest.approx(expected, rel=0.005)
@@ -24,7 +32,7 @@ def test_non_embedding_parameters_are_those_of_the_layers() -> None:
     assert non_embedding_parameters(decoder) == pytest.approx(12 * 24 * 2048**2, rel=1e-3)
 
 
-def config(**optimizer: object):  # noqa: ANN201
+def config(**optimizer: object):
     return config_from_dict(
         {
             "run_dir": "run",
