@@ -5,6 +5,7 @@ On a CPU machine it first puts CPU objects where Megatron-Core asks for CUDA's (
 """
 
 import functools
+import logging
 import warnings
 
 import torch
@@ -22,16 +23,23 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
+def _quieten() -> None:
+    """Keep out of users' logs what they can do nothing about: Megatron-Core's remarks on each optional package that
+    is absent, its reads of `.grad` from shards, its calls that newer torch has renamed, its idle rerun machinery."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+
+
 @functools.cache
 def import_megatron() -> None:
+    """Idempotent; raises UserError where Megatron-Core is missing."""
     if not on_gpu():
         cpu.enable()
+    _quieten()
     try:
-        with warnings.catch_warnings():
-            # Megatron-Core warns of each optional package that is absent; what matters is checked by the config.
-            warnings.simplefilter("ignore")
-            import megatron.core
-            import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+        import megatron.core
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     except ImportError as error:
         raise UserError(
             "Megatron-Core is not importable", found=str(error), do="pip install 'megatron-core>=0.16.1,<0.20'"

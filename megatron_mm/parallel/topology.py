@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron_mm.parallel.launch import Launch
 
 from megatron_mm.config import RunConfig, check_layout
 from megatron_mm.parallel.backend import device, import_megatron, on_gpu
+from megatron_mm.parallel.launch import Launch
 
 # A rank that waits longer than this for the others reports instead of hanging. Checkpoints of large models
 # are written by threads, so no collective waits for a disk.

@@ -5,14 +5,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from megatron_mm.data.loader import TrainingData
-from megatron_mm.parallel.launch import Launch
-from megatron_mm.training.resilience import StopSignal, write_outcome
 
 from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.data.loader import TrainingData
+from megatron_mm.parallel.launch import Launch
 from megatron_mm.parallel.topology import Topology, all_max, initialize, shut_down
 from megatron_mm.training.checkpoint import Checkpointer, load_weights, together
 from megatron_mm.training.optimizer import peak_learning_rates
+from megatron_mm.training.resilience import StopSignal, write_outcome
 from megatron_mm.training.step import Trainer
 from megatron_mm.training.telemetry import Telemetry
 

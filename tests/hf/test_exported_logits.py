@@ -51,7 +51,10 @@ def test_logits_equal_the_trained_ones(exported: tuple[Path, Path]) -> None:
         tokens, documents, images, expected = (
             stored[f"{source}.{k}"] for k in ("tokens", "documents", "images", "logits")
         )
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+        mean, std = (
+            torch.tensor(v).view(1, 3, 1, 1)
+            for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        )
         pixels = (images.float() / 255 - mean) / std
         same = documents.unsqueeze(1) == documents.unsqueeze(2)
         allowed = (same & torch.ones_like(same).tril()).unsqueeze(1)
@@ -88,7 +91,7 @@ def test_parameters_come_back_bit_exact(exported: tuple[Path, Path]) -> None:
     assert newest is not None
     first, second = read_tensors(newest), read_tensors(back)
     assert sorted(first.keys()) == sorted(second.keys())
-    assert all(torch.equal(first.tensor(k), second.tensor(k)) for k in first.keys())
+    assert all(torch.equal(first.tensor(k), second.tensor(k)) for k in first.keys())  # noqa: SIM118 (no dict)
 
 
 def test_generation_uses_the_cache(exported: tuple[Path, Path], data: Path) -> None:
@@ -97,7 +100,11 @@ def test_generation_uses_the_cache(exported: tuple[Path, Path], data: Path) -> N
     _, hf = exported
     model = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(hf)
-    inputs = processor(images=[Image.open(data / "image3.jpg")], text=["<image> Question: what is it? Short answer:"], return_tensors="pt")
+    inputs = processor(
+        images=[Image.open(data / "image3.jpg")],
+        text=["<image> Question: what is it? Short answer:"],
+        return_tensors="pt",
+    )
     made = [model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(made[0], made[1])
     assert made[0].shape[1] > inputs["input_ids"].shape[1]

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from megatron_mm.data.batch import Microbatch
-from megatron_mm.parallel.launch import launch
 from safetensors.torch import save_file
 
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.sharding import pieces
+from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import Topology, initialize, shut_down
 from megatron_mm.training.checkpoint import flat_range_boxes
 from megatron_mm.training.optimizer import state_parts

@@ -9,10 +9,9 @@ and saves again: under another run_dir and layout that is a conversion.
 import sys
 from pathlib import Path
 
-from megatron_mm.parallel.launch import launch
-
 from megatron_mm.config import load_config
 from megatron_mm.errors import UserError
+from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import initialize, shut_down
 from megatron_mm.training.checkpoint import Checkpointer
 from megatron_mm.training.step import Trainer

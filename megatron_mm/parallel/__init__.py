@@ -1,0 +1,1 @@
+"""How many processes become one run: launch detection, process groups, and Megatron-Core on a CPU."""
