@@ -31,7 +31,8 @@ def losses(config: Path) -> dict[int, float]:
 def wait_for_step(config: Path, step: int, processes: list[subprocess.Popen[bytes]], log_dir: Path) -> None:
     end = time.monotonic() + 90
     while max(losses(config), default=0) < step:
-        assert time.monotonic() < end and all(p.poll() is None for p in processes), logs(log_dir)
+        assert time.monotonic() < end, logs(log_dir)
+        assert all(p.poll() is None for p in processes), logs(log_dir)
         time.sleep(0.02)
 
 
