@@ -1,0 +1,53 @@
+# make help · everything happens in .venv, which is made once and kept.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-gpu lint format bench
+
+help:
+	@echo "make quickstart   train, export and evaluate a small MM1 model on this machine's CPU; writes runs/quickstart/report.html"
+	@echo "make test         run the tests (also: make test ARGS='tests/unit -k packing')"
+	@echo "make test-gpu     run the tests that need a GPU"
+	@echo "make lint         ruff and mypy;  make format: let ruff rewrite"
+	@echo "make bench NAME=  run one benchmark of benchmarks/ (without NAME: list them)"
+	@echo "make venv         only set up .venv (PYTHON=python3.12 chooses the interpreter)"
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints/ci-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; choose another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up $(VENV) (minutes the first time: PyTorch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/ci-cpu.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(STAMP)
+	@echo "all tests, CPU only: under 20 minutes on 2 cores; the slowest 15 are listed at the end"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: PyTorch sees no GPU here"; exit 1; }
+	@$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@test -n "$(NAME)" || { echo "make bench NAME=…, one of:"; ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py; exit 1; }
+	@$(BIN)/python benchmarks/$(NAME).py

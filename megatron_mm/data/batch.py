@@ -1,0 +1,140 @@
+"""Sequences assembled from their pieces, dealt to microbatches, and collated: what a training step is given."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_mm.config import SequenceLayout
+from megatron_mm.data.packing import Piece
+from megatron_mm.data.source import Source
+
+
+@dataclass
+class Microbatch:
+    """b sequences of s positions. Padding has the pad id, loss 0 and document -1.
+
+    Pictures come in the order of their placeholders: sequence after sequence, left to right.
+    """
+
+    tokens: Tensor  # int64 [b, s]; a picture is tokens_per_image times the image id
+    labels: Tensor  # int64 [b, s]; the next token of the same document
+    loss_mask: Tensor  # float32 [b, s]; 1 where the label is text
+    documents: Tensor  # int32 [b, s]; number of the piece within its sequence; all 0 without block attention
+    position_ids: Tensor  # int64 [b, s]; from 0 in each piece; in each sequence without block attention
+    source_ids: Tensor  # int64 [b]
+    images: Tensor  # uint8 [n, 3, H, W]; this rank's share
+    num_images: int  # of the whole microbatch
+    sample_ids: Tensor  # int64 [b]; the number of the sample in the run; -1: filler without loss
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
+        """The same with `function` of each tensor."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_images"}
+        return Microbatch(num_images=self.num_images, **{name: function(t) for name, t in tensors.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Microbatch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+class ImageRef(NamedTuple):
+    """A picture of a source."""
+
+    document: int
+    number: int  # within the document
+
+
+@dataclass
+class Assembled:
+    """One sequence, numpy [s] each, and its pictures."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    documents: np.ndarray
+    position_ids: np.ndarray
+    images: list[ImageRef]
+
+
+def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, block_attention: bool) -> Assembled:
+    """Lay pieces one after the other, widen the pictures, pad.
+
+    Raises:
+        ValueError: they do not fit into a sequence.
+    """
+    s = layout.seq_length
+    inputs, labels, piece_numbers, images = [], [], [], []
+    for number, (document, start, end) in enumerate(pieces):
+        text = source.text(document)
+        inputs.append(text[start:end])
+        labels.append(text[start + 1 : end + 1])
+        piece_numbers.append(np.full(end - start, number, dtype=np.int32))
+        first, last = np.searchsorted(source.meta(document)["offset"], (start, end))
+        images += [ImageRef(document, i) for i in range(first, last)]
+    ids = np.concatenate(inputs) if inputs else np.zeros(0, dtype=np.int64)
+    widths = np.where(ids == layout.image_token_id, layout.tokens_per_image, 1)
+    used = int(widths.sum())
+    if used > s:
+        raise ValueError(f"{used} positions in a sequence of {s}")
+    out = Assembled(
+        tokens=np.full(s, layout.pad_token_id, dtype=np.int64),
+        labels=np.full(s, layout.pad_token_id, dtype=np.int64),
+        loss_mask=np.zeros(s, dtype=np.float32),
+        documents=np.full(s, -1, dtype=np.int32),
+        position_ids=np.zeros(s, dtype=np.int64),
+        images=images,
+    )
+    if not used:
+        return out
+    out.tokens[:used] = np.repeat(ids, widths)
+    # Inside a picture the next token is the picture's; only its last position looks at what comes after.
+    out.labels[:used] = layout.image_token_id
+    out.labels[np.cumsum(widths) - 1] = np.concatenate(labels)
+    out.loss_mask[:used] = out.labels[:used] != layout.image_token_id
+    if block_attention:
+        numbers = np.repeat(np.concatenate(piece_numbers), widths)
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        out.documents[:used] = numbers
+        out.position_ids[:used] = np.arange(used) - starts[numbers]
+    else:
+        out.documents[:used] = 0
+        out.position_ids[:used] = np.arange(used)
+    return out
+
+
+def share_of(num_images: int, rank: int, size: int) -> slice:
+    """Pictures of a microbatch that rank `rank` of `size` decodes and encodes: equal shares, the last ones short."""
+    each = max(1, -(-num_images // size))
+    return slice(rank * each, (rank + 1) * each)
+
+
+def deal(image_counts: np.ndarray, num_bins: int) -> np.ndarray:
+    """Deal the samples of a global batch into microbatches with about equal numbers of pictures.
+
+    Largest first, each to the bin with the fewest pictures that still has room. Bins come out by falling number of
+    pictures: those that data-parallel ranks work on at the same time, dp neighbours, hold about the same.
+
+    Args:
+        image_counts: [B].
+        num_bins: a divisor of B.
+    Returns:
+        int64 [num_bins, B / num_bins], sample numbers within the batch, ascending in each bin.
+    """
+    counts = np.asarray(image_counts, dtype=np.int64)
+    room, rest = divmod(len(counts), num_bins)
+    if rest:
+        raise ValueError(f"{len(counts)} samples do not divide into {num_bins} bins")
+    heap = [(0, number) for number in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals = [0] * num_bins
+    for sample in np.argsort(-counts, kind="stable").tolist():
+        total, number = heapq.heappop(heap)
+        bins[number].append(sample)
+        totals[number] = total + int(counts[sample])
+        if len(bins[number]) < room:
+            heapq.heappush(heap, (totals[number], number))
+    order = sorted(range(num_bins), key=lambda number: (-totals[number], number))
+    return np.array([sorted(bins[number]) for number in order], dtype=np.int64)

@@ -1,0 +1,54 @@
+"""The package and its extras. Versions that were run together are in constraints/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_mm/__init__.py").read_text())[1]
+
+setup(
+    name="megatron-mm",
+    version=VERSION,
+    description="Pre-training of MM1-style multimodal LLMs on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
+    package_data={"megatron_mm": ["py.typed"]},
+    install_requires=[
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "pillow",
+        "psutil",  # without it megatron.core.dist_checkpointing.save hangs
+        "pydantic>=2",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "simplejpeg",
+        "torch>=2.6",
+        "transformers>=5",
+    ],
+    extras_require={
+        "gpu-cu12": ["transformer-engine[core-cu12,pytorch]"],
+        "gpu-cu13": ["transformer-engine[core-cu13,pytorch]"],
+        "mpi": ["mpi4py"],  # brings no MPI: the cluster's own is meant (or `pip install mpich`)
+        "eval": ["easy-vqa"],  # the quickstart's pictures and questions
+        "log": ["tensorboard"],
+        "dev": [
+            "easy-vqa",
+            "hypothesis",
+            "mpi4py",
+            "mpich",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "tensorboard",
+            "types-psutil",
+            "types-pyyaml",
+        ],
+    },
+)
