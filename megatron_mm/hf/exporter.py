@@ -101,6 +101,9 @@ def export_tensors(
         config.save_pretrained(temporary)
         _generation_config(config, processor.tokenizer).save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -240,8 +243,6 @@ class _ShardWriter:
     def _flush(self) -> None:
         path = self.directory / f"part-{len(self.files)}"
         save_file(self.held, path, metadata={"format": "pt"})
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         self.files.append(list(self.held))
         self.held, self.held_bytes = {}, 0
 

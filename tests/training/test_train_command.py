@@ -199,3 +199,22 @@ def test_a_foreign_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     tool("train_tokenizer.py", "--input", data / "text.jsonl", "--output", other, "--vocab-size", "300")
     assert "tokenizer" in refuse(tiny_run(tmp_path, data), f"data.tokenizer={other}")
+
+
+def test_no_space_for_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """A full disk is told before anything is written, and the older checkpoint stays. The disk is a real one, of 2 MiB
+    in a mount namespace: it holds one checkpoint and not a second."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = tiny_run(tmp_path, data, run_dir=str(disk / "run"))
+    check = f"echo left:; ls -A {disk}/run/checkpoints; exit $code"
+    script = f'mount -t tmpfs -o size=2m tmpfs {disk} && "$@"; code=$?; {check}'
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", sys.executable, *TRAIN, str(config)],
+        env=rank_environment(), capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in ("no space for a checkpoint", "GiB free", "free some space"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.split("left:\n")[1].split() == ["step-00000004"]
