@@ -17,7 +17,11 @@ class UserError(Exception):
         found: the value or state that was met.
         allowed: what would have been accepted.
         do: the next step for the user.
+
+    `everywhere` is set once all ranks of a run are known to raise the error: then one of them tells it.
     """
+
+    everywhere = False
 
     def __init__(self, what: str, *, where: str = "", found: object = None, allowed: str = "", do: str = "") -> None:
         self.what, self.where, self.found, self.allowed, self.do = what, where, found, allowed, do

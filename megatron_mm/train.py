@@ -10,6 +10,7 @@ import sys
 from megatron_mm.config import check_layout, load_config
 from megatron_mm.errors import UserError
 from megatron_mm.parallel.launch import launch
+from megatron_mm.training.resilience import StopSignal
 
 
 def main() -> int:
@@ -17,20 +18,25 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="a run as YAML; see docs/ and examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="fields of the config to change")
     arguments = parser.parse_args()
-    rank = 0
+    rank, everywhere = 0, False
     try:
         world = launch()
-        rank = world.rank
-        # Before anything heavy is imported: a wrong field is told within a second, on rank 0 alone.
+        # Before anything heavy is imported: a wrong field is told within a second, and all ranks see the same one.
+        rank, everywhere = world.rank, True
         config = load_config(arguments.config, arguments.overrides)
         check_layout(config, world.world_size)
+        everywhere = False
+        # From here on a request to stop is kept until a step has ended, the seconds of importing included.
+        stop = StopSignal(config.run_dir, world.rank)
         from megatron_mm.training.loop import train
 
-        train(config, world)
+        train(config, world, stop)
     except UserError as error:
-        # All ranks raise the same error together; one of them tells it.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if everywhere or error.everywhere:
+            if rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

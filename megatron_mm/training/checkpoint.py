@@ -7,6 +7,7 @@
 Boxes that several ranks hold (replicas) are written by one of them, chosen so that ranks write alike.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -273,7 +274,7 @@ class Checkpointer:
             if all_max(len(faults)):
                 continue
             reader = read_tensors(directory)
-            _check_same_run(reader, self.config)
+            together(functools.partial(_check_same_run, reader, self.config))
             boxes = self._boxes()
             with torch.no_grad():
                 for box in boxes:
@@ -321,7 +322,9 @@ def together(action: Any) -> None:
     dist.all_gather_object(messages, None if error is None else str(error))
     first = next((m for m in messages if m is not None), None)
     if first is not None:
-        raise error if error is not None and str(error) == first else UserError(first)
+        told = error if error is not None and str(error) == first else UserError(first)
+        told.everywhere = True
+        raise told
 
 
 def agree(question: Any) -> bool:

@@ -17,14 +17,11 @@ from megatron_mm.training.step import Trainer
 from megatron_mm.training.telemetry import Telemetry
 
 
-def train(config: RunConfig, launch: Launch) -> None:
+def train(config: RunConfig, launch: Launch, stop: StopSignal) -> None:
     """Train to `training.steps`, or to a stop signal: then checkpoint and return. Run it again to go on."""
-    stop = StopSignal(config.run_dir, launch.rank)
     topology = initialize(config, launch)
-    try:
-        _train(config, launch, topology, stop)
-    finally:
-        shut_down()
+    _train(config, launch, topology, stop)
+    shut_down()  # not after an error: a rank that fails alone must end at once, so that the others notice
 
 
 def _open_data(config: RunConfig, launch: Launch) -> TrainingData:
@@ -46,7 +43,8 @@ def _train(config: RunConfig, launch: Launch, topology: Topology, stop: StopSign
     if done:
         telemetry.say(f"resumed after step {done}")
     elif config.checkpoint.init_from:
-        kept = load_weights(trainer, config.checkpoint.init_from)
+        kept: list[str] = []
+        together(lambda: kept.extend(load_weights(trainer, config.checkpoint.init_from)))
         telemetry.say(f"weights from {', '.join(config.checkpoint.init_from)}; {len(kept)} tensors start at random")
     if main:
         _write_config(config)

@@ -34,13 +34,18 @@ class StepResult:
     """Of one global batch, the same on every rank."""
 
     loss: float
-    source_losses: list[float | None]  # mean over the source's text tokens; None: it had none in this batch
-    text_tokens: int  # that carry loss
+    source_losses: list[float]  # mean over the source's text tokens; 0 where it had none in this batch
+    source_tokens: list[int]  # text tokens that carry loss, by source
     positions: int  # of the sequences, padding included
     images: int
-    grad_norm: float = 0.0
+    grad_norm: float = 0.0  # before clipping
     learning_rate: float = 0.0
     expert_losses: dict[str, float] = field(default_factory=dict)  # load balance and z, means over MoE layers
+
+    @property
+    def text_tokens(self) -> int:
+        """That carry loss."""
+        return sum(self.source_tokens)
 
 
 class Trainer:
@@ -133,8 +138,8 @@ class Trainer:
         dist.all_reduce(images, group=mpu.get_data_parallel_group())
         return StepResult(
             loss=sum(loss) / max(1.0, sum(tokens)),
-            source_losses=[s / n if n else None for s, n in zip(loss, tokens, strict=True)],
-            text_tokens=round(sum(tokens)),
+            source_losses=[s / max(1.0, n) for s, n in zip(loss, tokens, strict=True)],
+            source_tokens=[round(n) for n in tokens],
             positions=len(batches) * self.topology.dp_size * batches[0].tokens.numel(),
             images=int(images.item()),
         )

@@ -14,16 +14,16 @@ from megatron_mm.training.step import StepResult
 class Telemetry:
     """Writes one JSON line a logged step to RUN_DIR/metrics.jsonl, the same scalars to TensorBoard, and console lines.
 
-    Rates are over the steps since the last line; the ETA is from the mean of the last lines, validation and
-    checkpoints included.
+    Losses are means over the text tokens of all steps since the last line, and rates are over the same steps: a source
+    that comes in every other batch is seen whatever the interval. Gradient norm and learning rate are the last step's.
+    The ETA is from the mean since the start, validation and checkpoints included.
     """
 
     def __init__(self, config: RunConfig, source_names: list[str], start_step: int, active: bool) -> None:
         self.config, self.source_names, self.active = config, source_names, active
         self.begun = self.last_time = time.perf_counter()
         self.start_step = self.last_step = start_step
-        self.data_seconds = 0.0
-        self.tokens = self.images = 0
+        self._reset()
         if not active:
             return
         run_dir = Path(config.run_dir)
@@ -46,24 +46,27 @@ class Telemetry:
     def step(self, step: int, result: StepResult, data_seconds: float) -> None:
         """After update number `step` (1-based)."""
         self.data_seconds += data_seconds
-        self.tokens += result.positions
+        self.positions += result.positions
         self.images += result.images
+        for i, (loss, tokens) in enumerate(zip(result.source_losses, result.source_tokens, strict=True)):
+            self.loss_sums[i] += loss * tokens
+            self.text_tokens[i] += tokens
         total = self.config.training.steps
         if step % self.config.training.log_interval and step != total:
             return
         now = time.perf_counter()
         seconds, steps = now - self.last_time, step - self.last_step
-        metrics: dict[str, float] = {"loss": result.loss}
-        for name, loss in zip(self.source_names, result.source_losses, strict=True):
-            if loss is not None:
-                metrics[f"loss/{name}"] = loss
+        metrics: dict[str, float] = {"loss": sum(self.loss_sums) / max(1, sum(self.text_tokens))}
+        for name, summed, tokens in zip(self.source_names, self.loss_sums, self.text_tokens, strict=True):
+            if tokens:
+                metrics[f"loss/{name}"] = summed / tokens
         metrics |= result.expert_losses
         metrics |= {
             "grad_norm": result.grad_norm,
             "lr": result.learning_rate,
-            "tokens_per_s": self.tokens / seconds,
+            "tokens_per_s": self.positions / seconds,
             "images_per_s": self.images / seconds,
-            "text_tokens": result.text_tokens,
+            "text_tokens": sum(self.text_tokens) / steps,
             "seconds_per_step": seconds / steps,
             "data_wait": self.data_seconds / seconds,
         }
@@ -71,13 +74,18 @@ class Telemetry:
         eta = (now - self.begun) / (step - self.start_step) * (total - step)
         by_source = ", ".join(f"{n} {metrics[f'loss/{n}']:.3f}" for n in self.source_names if f"loss/{n}" in metrics)
         self.say(
-            f"step {step:>{len(str(total))}}/{total} | loss {result.loss:.4f} ({by_source}) "
+            f"step {step:>{len(str(total))}}/{total} | loss {metrics['loss']:.4f} ({by_source}) "
             f"| lr {result.learning_rate:.2e} | grad {result.grad_norm:.3f} "
             f"| {_rate(metrics['tokens_per_s'])} tokens/s | {_rate(metrics['images_per_s'])} images/s "
             f"| ETA {_clock(eta)}"
         )
         self.last_time, self.last_step = now, step
-        self.data_seconds, self.tokens, self.images = 0.0, 0, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin an interval between two lines."""
+        self.data_seconds, self.positions, self.images = 0.0, 0, 0
+        self.loss_sums, self.text_tokens = [0.0] * len(self.source_names), [0] * len(self.source_names)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """Held-out loss a source after update number `step`."""

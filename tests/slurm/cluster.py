@@ -131,7 +131,7 @@ class SlurmCluster:
 
     def _all_idle(self) -> bool:
         if dead := [d for d in self._daemons if d.poll() is not None]:
-            raise RuntimeError(f"{dead[0].args} has ended\n{self._daemons_log()}")
+            raise RuntimeError(f"{dead[0].args!r} has ended\n{self._daemons_log()}")
         states = self._try("sinfo", "-h", "-p", "batch", "-N", "-o", "%T").stdout.split()
         return states == ["idle"] * len(self.names)
 

@@ -66,7 +66,7 @@ def submit(cluster: SlurmCluster) -> Submit:
     def call(config: Path) -> Run:
         profile = config.parent / "profile.yaml"
         profile.write_text("time: '10'\nsignal_seconds: 60\nmemory: 3G\nenvironment: {OMP_NUM_THREADS: '1'}\n")
-        command = [sys.executable, ROOT / "slurm" / "submit.py", "--config", config, "--nodes", "2"]
+        command: list[str | Path] = [sys.executable, ROOT / "slurm" / "submit.py", "--config", config, "--nodes", "2"]
         said = cluster.run(*command, "--profile", profile, cwd=config.parent)
         match = re.match(r"job (\d+): 2 nodes × 1 ranks\n", said)
         assert match, said
@@ -155,7 +155,7 @@ def test_what_cannot_succeed_is_not_tried_again(submit: Submit, tmp_path: Path, 
 
 def test_a_partition_that_does_not_exist(cluster: SlurmCluster, submit: Submit, data: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, data)
-    command = [sys.executable, ROOT / "slurm" / "submit.py", "--config", config, "--nodes", "2"]
+    command: list[str | Path] = [sys.executable, ROOT / "slurm" / "submit.py", "--config", config, "--nodes", "2"]
     with pytest.raises(AssertionError, match="exit code 2") as error:
         cluster.run(*command, "--partition", "nowhere", cwd=tmp_path)
     assert "error: sbatch refused the job" in str(error.value)

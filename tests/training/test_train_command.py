@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -218,3 +219,19 @@ def test_no_space_for_a_checkpoint(data: Path, tmp_path: Path) -> None:
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.split("left:\n")[1].split() == ["step-00000004"]
+
+
+def test_a_source_that_rots_stops_the_run(data: Path, tmp_path: Path) -> None:
+    """Images whose bytes changed since ingest are trained blank up to the set rate; above it the run ends, all ranks."""
+    shutil.copytree(data, tmp_path / "data")
+    for name in ("captions", "pages"):
+        file = tmp_path / "data" / f"{name}.image.bin"
+        file.write_bytes(bytes(b ^ 255 for b in file.read_bytes()))
+    config = tiny_run(tmp_path, tmp_path / "data", training__steps=400, data__num_workers=1)
+    ranks = start_ranks(2, [*TRAIN, str(config)], tmp_path / "logs")
+    codes = wait_ranks(ranks, tmp_path / "logs", 120)
+    text = logs(tmp_path / "logs")
+    assert 0 not in codes, text
+    assert "too many" in text, text
+    assert re.search(r"error: rank \d: ", text), text
+    assert len(losses(config)) < 100, "it ends when 100 images were bad, not later"

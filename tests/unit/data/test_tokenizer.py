@@ -1,8 +1,7 @@
+import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pytest
 
 from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_mm.errors import UserError
@@ -25,7 +24,9 @@ def test_any_text_comes_back(tokenizer):
     check()
 
 
-@pytest.mark.parametrize("text", ["<image>", "a <image> b", "<s></s><pad>", "<0x41>", "▁▁", "  two  spaces ", "\n\n", "\r\n"])
+@pytest.mark.parametrize(
+    "text", ["<image>", "a <image> b", "<s></s><pad>", "<0x41>", "▁▁", "  two  spaces ", "\n\n", "\r\n"]
+)
 def test_text_that_looks_special(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

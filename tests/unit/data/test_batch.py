@@ -1,0 +1,100 @@
+"""Assembly against a token-by-token oracle; dealing and sharing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mm.data.batch import assemble, deal, share_of
+from megatron_mm.data.packing import PackedSource, Piece
+from megatron_mm.data.source import Source
+from tests.unit.data.test_packing import LAYOUT
+
+
+def naive(source, pieces, layout, block_attention):
+    """Rows of (token, label, mask, document, position), and pictures in order."""
+    rows, pictures = [], []
+    for number, (document, start, end) in enumerate(pieces):
+        text = source.text(document).tolist()
+        position = 0
+        for at in range(start, end):
+            token, label = text[at], text[at + 1]
+            is_image = token == layout.image_token_id
+            if is_image:
+                pictures.append((document, text[:at].count(layout.image_token_id)))
+            for k in range(layout.tokens_per_image if is_image else 1):
+                inside = is_image and k < layout.tokens_per_image - 1
+                target = layout.image_token_id if inside else label
+                place = position if block_attention else len(rows)
+                rows.append((token, target, float(target != layout.image_token_id), number * block_attention, place))
+                position += 1
+    rows += [(layout.pad_token_id, layout.pad_token_id, 0.0, -1, 0)] * (layout.seq_length - len(rows))
+    return [list(column) for column in zip(*rows, strict=True)], pictures
+
+
+@pytest.mark.parametrize("name", ["captions", "pages", "words"])
+@pytest.mark.parametrize("block_attention", [True, False])
+@pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, seq_length=33, tokens_per_image=9, max_images=2)])
+def test_every_sequence_is_the_naive_one(sources, tmp_path, name, block_attention, layout):
+    source = Source(sources / name)
+    packed = PackedSource.open(source, "train", layout, 0.1, tmp_path)
+    targets = 0
+    for i in range(len(packed)):
+        out = assemble(source, packed.pieces(i), layout, block_attention)
+        columns, pictures = naive(source, packed.pieces(i), layout, block_attention)
+        got = [out.tokens, out.labels, out.loss_mask, out.documents, out.position_ids]
+        assert [column.tolist() for column in got] == columns
+        assert [tuple(ref) for ref in out.images] == pictures
+        assert len(pictures) == packed.image_count(i)
+        assert (out.tokens == layout.image_token_id).sum() == len(pictures) * layout.tokens_per_image
+        targets += int(out.loss_mask.sum())
+    # Each text token of the split, eos among them, is a target exactly once (bos never is).
+    documents = {piece.document for i in range(len(packed)) for piece in packed.pieces(i)}
+    assert targets == sum(int((source.text(d)[1:] != layout.image_token_id).sum()) for d in documents)
+
+
+def test_what_does_not_fit_is_an_error_of_ours(sources):
+    source = Source(sources / "words")
+    long = int(np.argmax(source.lengths))
+    with pytest.raises(ValueError, match="positions in a sequence of 64"):
+        assemble(source, [Piece(long, 0, 65)], LAYOUT, True)
+
+
+def test_no_piece_is_padding(sources):
+    out = assemble(Source(sources / "words"), [], LAYOUT, True)
+    assert set(out.documents.tolist()) == {-1}
+    assert not out.loss_mask.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.data())
+def test_deal_is_a_partition_into_equal_bins(bins, room, data):
+    counts = np.array(data.draw(st.lists(st.integers(0, 16), min_size=bins * room, max_size=bins * room)))
+    dealt = deal(counts, bins)
+    assert dealt.shape == (bins, room)
+    assert sorted(dealt.ravel()) == list(range(bins * room))
+    assert all(row.tolist() == sorted(row) for row in dealt)
+    totals = counts[dealt].sum(axis=1)
+    assert totals.tolist() == sorted(totals, reverse=True)
+    # As far as whole samples allow: swapping the fullest bin's smallest for the emptiest's largest is within one sample.
+    assert totals[0] - totals[-1] <= max(counts.max(), 0)
+
+
+def test_deal_evens_out():
+    counts = np.random.default_rng(0).integers(0, 17, 512)
+    in_order = counts.reshape(128, 4).sum(axis=1)
+    dealt = counts[deal(counts, 128)].sum(axis=1)
+    assert in_order.max() - in_order.min() > 20
+    assert dealt.max() - dealt.min() <= 2
+    with pytest.raises(ValueError, match="do not divide"):
+        deal(counts, 100)
+
+
+@pytest.mark.parametrize("images", range(12))
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_shares_cover_each_picture_once(images, size):
+    shares = [list(range(images))[share_of(images, rank, size)] for rank in range(size)]
+    assert sum(shares, []) == list(range(images))
+    assert all(len(share) <= max(1, -(-images // size)) for share in shares)
