@@ -136,30 +136,3 @@ def attention_mask(documents: Tensor) -> Tensor:
     causal = torch.ones(s, s, dtype=torch.bool, device=documents.device).tril()
     same = documents.unsqueeze(1) == documents.unsqueeze(2)
     return ~(same & causal).unsqueeze(1)
-
-
-def build_model(config: RunConfig) -> MultimodalModel:
-    """This rank's stage with its initial weights, on this rank's device. Groups must exist."""
-    from megatron_mm.model.initialization import initialize_weights
-    from megatron_mm.parallel.backend import device
-
-    model = MultimodalModel(config, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage())
-    model.to(device())
-    initialize_weights(model, config)
-    _mark_tensor_parallel(model)
-    return model
-
-
-def _mark_tensor_parallel(model: MultimodalModel) -> None:
-    """Tell Megatron-Core which parameters are parts over the tensor-parallel group: gradient norms count those on
-    every rank and all others once. It marks them as it initialises them, which it does not do here."""
-    from megatron_mm.model.sharding import pieces
-
-    held: dict[torch.nn.Parameter, int] = {}
-    whole: dict[torch.nn.Parameter, int] = {}
-    for piece in pieces(model):
-        held[piece.parameter] = held.get(piece.parameter, 0) + piece.numel
-        whole[piece.parameter] = torch.Size(piece.global_shape[piece.leading :]).numel()
-    for parameter in model.parameters():
-        parameter.tensor_model_parallel = held[parameter] < whole[parameter]
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

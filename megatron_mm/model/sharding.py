@@ -8,13 +8,10 @@ global tensor whose name holds the layer's global number.
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from megatron_mm.model.multimodal import MultimodalModel
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class Piece:
         return flat[self.start : self.start + self.numel].view(self.shape)
 
 
-def pieces(model: "MultimodalModel") -> Iterator[Piece]:
-    """The pieces of every parameter of this rank's model, in the model's order."""
+def pieces(model: Any) -> Iterator[Piece]:
+    """The pieces of every parameter of this rank's model (any `MegatronModule`), in the model's order."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     owners = sorted(model.parameters(), key=lambda p: p.data_ptr())

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
-from megatron_mm.model.multimodal import MultimodalModel, build_model
+from megatron_mm.model.build import build_model
+from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.parallel.backend import device
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.optimizer import build_optimizer, set_learning_rate

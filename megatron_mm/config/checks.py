@@ -1,0 +1,156 @@
+"""What must hold between the fields of a run, and between a run and the number of its ranks."""
+
+import dataclasses
+from typing import Any
+
+from megatron_mm.config.schema import RunConfig, source_name
+from megatron_mm.errors import UserError
+
+
+def _positive(config: Any, prefix: str, zero_allowed: frozenset[str]) -> None:
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            _positive(value, name + ".", zero_allowed)
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    _positive(item, f"{name}.{i}.", zero_allowed)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            least_ok = value >= 0 if name in zero_allowed else value > 0
+            if not least_ok or value != value or value == float("inf"):
+                bound = "0 or more" if name in zero_allowed else "more than 0"
+                raise UserError("out of range", where=name, found=value, allowed=bound)
+
+
+_ZERO_ALLOWED = frozenset(
+    (
+        "training.seed training.validation_interval checkpoint.keep optimizer.warmup_steps optimizer.weight_decay "
+        "optimizer.min_lr_ratio optimizer.clip_grad optimizer.beta1 optimizer.beta2 data.validation_fraction "
+        "data.num_workers data.max_bad_image_rate model.decoder.moe.load_balance_coeff model.decoder.moe.z_loss_coeff"
+    ).split()
+)
+
+
+def _multiple(value: int, of: int, where: str, what: str) -> None:
+    if value % of:
+        below, above = value - value % of, value + of - value % of
+        near = f"{below} or {above}" if below else str(above)
+        raise UserError(f"must be a multiple of {what} ({of})", where=where, found=value, allowed=f"for example {near}")
+
+
+def check_consistency(c: RunConfig) -> None:
+    """Everything that can be known without files and without a world."""
+    _positive(c, "", _ZERO_ALLOWED)
+    v, d, p, t = c.model.vision, c.model.decoder, c.parallel, c.training
+    _multiple(v.image_size, v.patch_size, "model.vision.image_size", "model.vision.patch_size")
+    _multiple(v.hidden_size, v.num_attention_heads, "model.vision.hidden_size", "model.vision.num_attention_heads")
+    side = round(c.model.connector.num_tokens**0.5)
+    if side * side != c.model.connector.num_tokens:
+        raise UserError(
+            "must be a square number", where="model.connector.num_tokens", found=c.model.connector.num_tokens,
+            allowed=f"for example {side**2} or {(side + 1) ** 2}",
+        )  # fmt: skip
+    if d.kv_channels is None:
+        _multiple(d.hidden_size, d.num_attention_heads, "model.decoder.hidden_size", "num_attention_heads")
+    _multiple(d.num_attention_heads, d.num_query_groups, "model.decoder.num_attention_heads", "num_query_groups")
+    if d.head_dim % 2:
+        raise UserError("RoPE needs an even head width", where="model.decoder.kv_channels", found=d.head_dim)
+    tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
+    tp_name, pp_name = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+    _multiple(d.num_query_groups, tp, "model.decoder.num_query_groups", tp_name)
+    _multiple(d.ffn_hidden_size, tp, "model.decoder.ffn_hidden_size", tp_name)
+    _multiple(d.vocab_size, tp, "model.decoder.vocab_size", tp_name)
+    if p.sequence_parallel:
+        _multiple(c.data.seq_length, tp, "data.seq_length", tp_name)
+        if tp == 1:
+            raise UserError(
+                "sequence parallelism shares work among tensor-parallel ranks", where="parallel.sequence_parallel",
+                found=f"true with {tp_name} = 1", do=f"set it to false, or {tp_name} to 2 or more",
+            )  # fmt: skip
+    if p.first_pipeline_stage_layers is None:
+        _multiple(d.num_layers, pp, "model.decoder.num_layers", pp_name)
+    else:
+        where = "parallel.first_pipeline_stage_layers"
+        rest = d.num_layers - p.first_pipeline_stage_layers
+        if pp == 1:
+            raise UserError("needs more than one pipeline stage", where=where, found=f"{pp_name} = 1")
+        if rest < pp - 1 or rest % (pp - 1):
+            raise UserError(
+                f"the other {pp - 1} stages must share the other layers evenly", where=where,
+                found=f"{p.first_pipeline_stage_layers} of {d.num_layers} layers",
+                allowed=", ".join(str(n) for n in range(1, d.num_layers) if (d.num_layers - n) % (pp - 1) == 0),
+            )  # fmt: skip
+    if d.moe is None:
+        if ep != 1:
+            raise UserError(
+                "there are no experts to share out", where="parallel.expert_model_parallel_size", found=ep, allowed="1",
+                do="set model.decoder.moe, or this to 1",
+            )  # fmt: skip
+    else:
+        _multiple(d.moe.num_experts, ep, "model.decoder.moe.num_experts", "parallel.expert_model_parallel_size")
+        if d.moe.ffn_hidden_size:
+            _multiple(d.moe.ffn_hidden_size, tp, "model.decoder.moe.ffn_hidden_size", tp_name)
+        if d.moe.topk > d.moe.num_experts:
+            raise UserError(
+                "more experts a token than there are", where="model.decoder.moe.topk", found=d.moe.topk,
+                allowed=f"1 to {d.moe.num_experts}",
+            )  # fmt: skip
+        if tp > 1 and not p.sequence_parallel:
+            raise UserError(
+                "experts under tensor parallelism need sequence parallelism", where="parallel.sequence_parallel",
+                found=False, do="set parallel.sequence_parallel=true",
+            )  # fmt: skip
+    if not c.data.sources:
+        raise UserError("there is nothing to train on", where="data.sources", found="an empty list")
+    if c.model.connector.num_tokens + 2 > c.data.seq_length:
+        raise UserError(
+            "one image does not fit into a sequence", where="data.seq_length", found=c.data.seq_length,
+            allowed=f"at least {c.model.connector.num_tokens + 2} (one image's tokens and two words)",
+        )  # fmt: skip
+    for name in ("validation_fraction", "max_bad_image_rate"):
+        if getattr(c.data, name) >= 1:
+            raise UserError("is a share", where=f"data.{name}", found=getattr(c.data, name), allowed="0 to below 1")
+    for name in ("beta1", "beta2"):
+        if getattr(c.optimizer, name) >= 1:
+            raise UserError(
+                "out of range", where=f"optimizer.{name}", found=getattr(c.optimizer, name), allowed="below 1"
+            )
+    if c.optimizer.min_lr_ratio > 1:
+        raise UserError(
+            "is a share of the peak", where="optimizer.min_lr_ratio", found=c.optimizer.min_lr_ratio, allowed="0 to 1"
+        )
+    names = [source_name(s) for s in c.data.sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError("two sources share a name", where="data.sources", found=name, do="set data.sources.N.name")
+    _multiple(t.global_batch_size, t.micro_batch_size, "training.global_batch_size", "training.micro_batch_size")
+
+
+def check_layout(c: RunConfig, world_size: int) -> int:
+    """Check the layout against the number of ranks; answers with the data-parallel size."""
+    p, t = c.parallel, c.training
+    tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
+    fits = [n for n in range(1, 2 * world_size + 1) if n % (tp * pp) == 0]
+    if world_size % (tp * pp):
+        raise UserError(
+            "the ranks do not divide into tensor × pipeline groups", where="parallel",
+            found=f"{world_size} ranks, tensor {tp} × pipeline {pp}",
+            allowed=f"multiples of {tp * pp}" + (f", for example {fits[-1]}" if fits else ""),
+            do="start another number of ranks, or change the parallel sizes",
+        )  # fmt: skip
+    dp = world_size // (tp * pp)
+    # Experts are tensor-parallel as the dense layers are, so expert groups are cut out of data-parallel ranks.
+    if dp % ep:
+        raise UserError(
+            "expert groups are cut out of the data-parallel ranks", where="parallel.expert_model_parallel_size",
+            found=f"{ep}, with {dp} data-parallel ranks", allowed=f"a divisor of {dp}",
+        )  # fmt: skip
+    if t.global_batch_size % (t.micro_batch_size * dp):
+        step = t.micro_batch_size * dp
+        raise UserError(
+            "does not divide into microbatches over the data-parallel ranks", where="training.global_batch_size",
+            found=f"{t.global_batch_size}, with micro_batch_size {t.micro_batch_size} × {dp} data-parallel ranks",
+            allowed=f"a multiple of {step}, for example {max(step, t.global_batch_size // step * step)}",
+        )  # fmt: skip
+    return dp

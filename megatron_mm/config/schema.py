@@ -1,0 +1,184 @@
+"""The fields of a run: typed, frozen dataclasses. Every default has its reason beside it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["caption", "interleaved", "text"]
+KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A CLIP-shaped ViT (pre-norm, class token, learned positions); features are the last layer's patch tokens."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    patch_size: int  # pixels
+    image_size: int  # pixels, square; must be a multiple of patch_size
+    activation: Literal["gelu", "quick_gelu"] = "quick_gelu"  # the DFN-5B and OpenAI releases use quick-GELU
+    layernorm_epsilon: float = 1e-5  # CLIP's
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of 1
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of 1
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """C-Abstractor (Honeybee, arXiv 2312.06742): RegNet stage, adaptive pooling, RegNet stage, MLP."""
+
+    num_tokens: int = 144  # MM1's; a square number
+    hidden_size: int = 1024  # Honeybee's; MM1's own is not published
+    depth: int = 3  # blocks a RegNet stage; Honeybee's
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Experts in place of the decoder's FFNs (MM1 section 3.4; top-2, both losses from there)."""
+
+    num_experts: int
+    topk: int = 2
+    layer_freq: int = 2  # every n-th layer is MoE: layer i (from 0) when (i + 1) % layer_freq == 0, as in Qwen3-MoE
+    ffn_hidden_size: int | None = None  # of one expert; None: the dense FFN's, as in MM1
+    load_balance_coeff: float = 0.01
+    z_loss_coeff: float = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A pre-norm decoder: RMSNorm, SwiGLU, RoPE, GQA, no biases. `qwen3` adds QK-norm, `llama` has none."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int  # at least the tokenizer's; a multiple of the tensor-parallel size
+    family: Literal["qwen3", "llama"] = "qwen3"  # MM1 recipes use QK-norm
+    kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-6  # Qwen3's
+    moe: MoEConfig | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vision: VisionConfig
+    connector: ConnectorConfig
+    decoder: DecoderConfig
+    init_std: float = 0.02  # normal initialisation of all matrices; output projections scale it by 1/sqrt(2 layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source on disk (`PREFIX.text.bin`, `PREFIX.manifest.json`, …) and its share of the sequences."""
+
+    path: str  # prefix
+    weight: float  # relative; MM1: captions 45, interleaved 45, text 10
+    name: str | None = None  # in logs and metrics; None: the prefix's last part
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    tokenizer: str  # a SentencePiece .model
+    sources: tuple[SourceConfig, ...]
+    seq_length: int = 4096  # positions a sequence, image tokens counted
+    max_images: int = 16  # a sequence, at most; MM1's
+    block_attention: bool = True  # attention does not cross packed documents (MM1: critical for pairs)
+    validation_fraction: float = 0.01  # of each source's documents, by a hash of their number; never trained on
+    cache_dir: str | None = None  # for packings; None: beside each source
+    num_workers: int = 2  # decoding processes a rank; 0 decodes in the training process
+    prefetch: int = 2  # microbatches each worker holds ready
+    decode_backend: Literal["cpu"] = "cpu"
+    max_image_pixels: int = 40_000_000  # refused from the header, before decoding
+    max_bad_image_rate: float = 0.01  # of the images decoded so far; above it the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Megatron-Core's names. Data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True  # optimizer state and fp32 masters sharded over data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
+    first_pipeline_stage_layers: int | None = None  # decoder layers beside encoder and connector; None: an even split
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as MM1 has it. Learning rates are peaks."""
+
+    lr: float | None = None  # None: MM1's law, exp(-0.4214 ln N - 0.5535), N non-embedding decoder parameters
+    connector_lr: float | None = 8e-5  # MM1: fixed at every size; None: the same as lr
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
+    warmup_steps: int = 2000
+    weight_decay: float = (
+        0.1  # decoupled, multiplied by the learning rate in the step as in torch: equals MM1's λ = 0.1 η
+    )
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    steps: int
+    global_batch_size: int = 512  # sequences
+    micro_batch_size: int = 1  # sequences
+    seed: int = 0  # of the weights and of the data's order
+    precision: Literal["fp32", "bf16"] = "bf16"  # of compute; masters and gradients are fp32
+    log_interval: int = 1  # steps
+    validation_interval: int = 1000  # steps; 0: never
+    validation_batches: int = 8  # global batches a source
+    recompute: bool = False  # full activation recomputation, layer by layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    interval: int = 1000  # steps; one is always written at the end and on a stop signal
+    keep: int = 2  # the newest whole ones that stay; 0: all
+    asynchronous: bool = True  # written by a thread while training goes on
+    init_from: tuple[str, ...] = ()  # checkpoints whose weights start a new run (encoder, decoder); ignored on resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run_dir: str  # checkpoints/, metrics.jsonl, tensorboard/, config.yaml
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLayout:
+    """What data and model share: the shape of a sequence and the ids with a meaning."""
+
+    seq_length: int
+    max_images: int
+    tokens_per_image: int
+    image_size: int  # pixels
+    image_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+def source_name(source: SourceConfig) -> str:
+    return source.name or Path(source.path).name
