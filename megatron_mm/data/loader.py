@@ -5,7 +5,10 @@ data-parallel size gives what a run from the start would have given there.
 """
 
 import multiprocessing
+import multiprocessing.util
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
@@ -234,16 +237,48 @@ def _iterate(microbatches: _Microbatches, numbers: range) -> Iterator[Microbatch
         num_workers=d.num_workers,
         prefetch_factor=d.prefetch,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
     )
-    for item in loader:
+    for item in _alive(loader):
         # Copied out of shared memory: a tensor there keeps a file open, and a step may hold hundreds of microbatches.
         yield _raised(item).map(torch.clone)
+
+
+def _alive(loader: DataLoader[Any]) -> Iterator[Microbatch | UserError]:
+    """The loader's items; one error for all the ways in which a worker's death shows."""
+    items: Any = iter(loader)
+    # At the interpreter's end workers are asked by SIGTERM, which they hold back, and then waited for: end them first.
+    finalizer = multiprocessing.util.Finalize(None, _kill, args=(items._workers,), exitpriority=100)
+    try:
+        yield from items
+    except (OSError, EOFError) as error:  # it died while it handed a microbatch over
+        raise RuntimeError("a data worker exited unexpectedly (killed, or out of memory?)") from error
+    finally:
+        finalizer.cancel()
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _end_with_parent(_: int) -> None:
+    """In a worker: end when the training process is gone, however it went. Its death shows to nobody else: the server
+    process lives as long as its workers do, and they hold each other."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _worker_context() -> Any:
     """Workers come from a server process: forked from the training process they would inherit its threads and devices.
 
-    The server imports torch once for all of them. Signals that ask a run to stop are often sent to all of its processes;
+    The server imports torch once for all of them. Signals that ask a run to stop often go to all of its processes;
     server and workers hold them back, so that the training process can finish its step and write a checkpoint.
     """
     context = multiprocessing.get_context("forkserver")

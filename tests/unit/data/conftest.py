@@ -69,7 +69,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, images: Path, tokenizer: T
     return folder
 
 
-def run_config(sources: Path, tokenizer: Tokenizer, **data: Any) -> RunConfig:
+def run_config(sources: Path, tokenizer: Tokenizer, /, **data: Any) -> RunConfig:
     """8 sequences of 64 positions a step, 4 positions and at most 5 pictures each; fields of `data` as given."""
     training = {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "validation_batches": 2}
     training |= data.pop("training", {})

@@ -36,7 +36,12 @@ def test_three_kinds(tmp_path, images, tokenizer):
     cases = {
         "caption": ({"image": {"path": "0.jpg"}, "text": " red circle"}, ["0.jpg", " red circle"]),
         "interleaved": (
-            {"content": [{"text": "a"}, {"image": {"base64": raw}}, {"image": "0.jpg"}, {"text": " b\n"}, {"image": "2.webp"}]},
+            {
+                "content": [
+                    {"text": "a"}, {"image": {"base64": raw}}, {"image": "0.jpg"}, {"text": " b\n"},
+                    {"image": "2.webp"},
+                ]
+            },
             ["a", "1.png", "0.jpg", " b\n", "2.webp"],
         ),
         "text": ({"text": "one\n two  "}, ["one\n two  "]),
@@ -47,9 +52,9 @@ def test_three_kinds(tmp_path, images, tokenizer):
         assert done.returncode == 0, done.stderr
         source = verify_source(tmp_path / kind)
         names = [p for p in parts if (images / p).is_file()]
-        ids = [[tokenizer.image_id] if p in names else tokenizer.encode(p) for p in parts]
+        ids = [i for p in parts for i in ([tokenizer.image_id] if p in names else tokenizer.encode(p))]
         assert source.kind == kind
-        assert source.text(0).tolist() == [tokenizer.bos_id, *sum(ids, []), tokenizer.eos_id]
+        assert source.text(0).tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
         assert [bytes(b) for b in source.image_bytes(0)] == [(images / n).read_bytes() for n in names]
         assert [bytes(source.image(0, i)[0]) for i in range(len(names))] == [(images / n).read_bytes() for n in names]
     assert not (tmp_path / "text.image.bin").exists()

@@ -1,0 +1,47 @@
+"""A training process that ends, in whatever way, takes its decoding workers with it, and is not held up by them."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.ranks import rank_environment
+from tests.tiny import tiny_run
+
+SCRIPT = """
+import multiprocessing, os, sys
+from megatron_mm.config import load_config
+from megatron_mm.data.loader import TrainingData
+
+if __name__ == "__main__":
+    batches = TrainingData.open(load_config(sys.argv[1])).train_loader(0, 0, 1, (0, 1))
+    next(batches)
+    print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    if sys.argv[2] == "kill -9":
+        os.kill(os.getpid(), 9)
+    if sys.argv[2] == "error":
+        raise ValueError("while the batches are still held")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("kill -9", -9), ("error", 1), ("end", 0)])
+def test_workers_end_with_the_training_process(data: Path, tmp_path: Path, how: str, code: int) -> None:
+    config = tiny_run(tmp_path, data, data__num_workers=2)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with (tmp_path / "out").open("w") as out:
+        # Not a pipe: workers that outlive their parent would hold it open, and this test with it.
+        done = subprocess.run(
+            [sys.executable, str(script), str(config), how], env=rank_environment(), stdout=out, stderr=out, timeout=60
+        )
+    text = (tmp_path / "out").read_text()
+    assert done.returncode == code, text
+    workers = [int(pid) for pid in text.splitlines()[0].split()]
+    assert len(workers) == 2
+    end = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in workers):
+        assert time.monotonic() < end, "orphans"
+        time.sleep(0.1)
