@@ -222,7 +222,7 @@ def test_no_space_for_a_checkpoint(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_that_rots_stops_the_run(data: Path, tmp_path: Path) -> None:
-    """Images whose bytes changed since ingest are trained blank up to the set rate; above it the run ends, all ranks."""
+    """Images whose bytes changed since ingest are trained blank up to the set rate; above it all ranks end."""
     shutil.copytree(data, tmp_path / "data")
     for name in ("captions", "pages"):
         file = tmp_path / "data" / f"{name}.image.bin"
