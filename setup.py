@@ -22,7 +22,6 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "numpy",
         "pillow",
-        "psutil",  # without it megatron.core.dist_checkpointing.save hangs
         "pydantic>=2",
         "pyyaml",
         "safetensors",
@@ -35,7 +34,7 @@ setup(
         "gpu-cu12": ["transformer-engine[core-cu12,pytorch]"],
         "gpu-cu13": ["transformer-engine[core-cu13,pytorch]"],
         "mpi": ["mpi4py"],  # brings no MPI: the cluster's own is meant (or `pip install mpich`)
-        "eval": ["easy-vqa"],  # the quickstart's pictures and questions
+        "eval": ["easy-vqa", "psutil"],  # the quickstart's pictures and questions; its kill of a whole process tree
         "log": ["tensorboard"],
         "dev": [
             "easy-vqa",
@@ -43,6 +42,7 @@ setup(
             "mpi4py",
             "mpich",
             "mypy",
+            "psutil",
             "pytest",
             "pytest-timeout",
             "ruff",
