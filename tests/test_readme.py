@@ -5,9 +5,11 @@ folders; the blocks of one page run in order in the same folder. Any other `bash
 `python …/x.py --option` must be an option of that script, each `make target` a target.
 """
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
+
+from tests.tiny import tiny_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,6 +62,41 @@ def test_marked_blocks_run(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{block.text}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
+def test_the_readmes_road_for_a_cluster_user(data: Path, tmp_path: Path) -> None:
+    """Its four steps as they are written, on a tiny team's files; only the vocabulary's size fits their few words."""
+    for folder in ("slurm", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for image in [*data.glob("*.jpg"), *data.glob("*.png")]:
+        shutil.copy(image, tmp_path)
+    for kind, name in (("caption", "captions"), ("interleaved", "pages"), ("text", "text")):
+        shutil.copy(data / f"{kind}.jsonl", tmp_path / f"{name}.jsonl")
+    question = {"image": "image3.jpg", "question": "what is it?", "answers": ["red circle"]}
+    for split in ("train", "test"):
+        lines = [json.dumps(question | {"id": i, "image": f"image{i}.jpg"}) + "\n" for i in range(1, 24, 2)]
+        (tmp_path / f"{split}_vqa.jsonl").write_text("".join(lines))
+    run = yaml.safe_load(
+        tiny_run(tmp_path / "recipe", data, training__steps=2, training__micro_batch_size=1).read_text()
+    )
+    run |= {"run_dir": "runs/mm1"}
+    run["data"] |= {"tokenizer": "data/tokenizer.model"}
+    for source, name in zip(run["data"]["sources"], ("captions", "pages", "text"), strict=True):
+        source["path"] = f"data/{name}"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    train = "python -m megatron_mm.train --config run.yaml"
+    page = BY_NAME["README.md"]
+    assert f"`{train}`" in page.read_text()
+    road = [b.text for b in blocks(page) if "tools/" in b.text or "slurm/" in b.text]
+    assert len(road) == 3
+    for text in (*road[:2], train, road[2]):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text.replace("--vocab-size 32000", "--vocab-size 320")],
+            cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 12
+    assert not (tmp_path / "runs/mm1/slurm").exists(), "a dry run writes nothing"
+
+
 @cache
 def help_of(script: str, subcommand: str) -> str:
     command = [sys.executable, str(ROOT / script), *filter(None, [subcommand]), "--help"]
@@ -83,7 +123,7 @@ def test_options_and_targets_exist(name: str) -> None:
             assert {a for a in command[1:] if "=" not in a} <= targets, command
             continue
         arguments = command[1:] if command[0] == "python" else command
-        if not arguments[0].endswith(".py"):
+        if not arguments or not arguments[0].endswith(".py"):
             continue
         first = arguments[1] if len(arguments) > 1 and re.fullmatch(r"[a-z][a-z-]+", arguments[1]) else ""
         text = help_of(arguments[0], first)
