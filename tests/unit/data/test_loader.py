@@ -1,5 +1,6 @@
 """Invariants I1 (order) and I3 (bad pictures), workers, and every check before training."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -168,7 +169,13 @@ def test_workers_give_what_the_process_itself_gives(sources, tokenizer):
 
 
 def children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+    """Living ones: earlier tests of the same process may have left some that ended and nobody has waited for."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
 
 
 def test_a_killed_worker_is_an_error_and_no_hang(sources, tokenizer):
