@@ -1,18 +1,23 @@
 """Process groups: torch.distributed, Megatron-Core's model-parallel groups, and this rank's place in them."""
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_mm.config import RunConfig, check_layout
+from megatron_mm.errors import UserError
 from megatron_mm.parallel.backend import device, import_megatron, on_gpu
 from megatron_mm.parallel.launch import Launch
 
 # A rank that waits longer than this for the others reports instead of hanging. Checkpoints of large models
 # are written by threads, so no collective waits for a disk.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=20)
+# Packing a large corpus for the first time takes long, and is waited for without a collective.
+PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,38 @@ class Topology:
         return (self.tp_rank, self.tp_size) if self.first_stage else None
 
 
-def initialize(config: RunConfig, launch: Launch) -> Topology:
-    """Join the world and build the groups. The layout is checked before any process group or device is taken."""
+def meet(launch: Launch) -> dist.Store:
+    """The ranks' common key-value store. No device and no process group is taken yet."""
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=PREPARATION_TIMEOUT))
+    return store
+
+
+def once_a_node(action: Callable[[], None], launch: Launch, store: dist.Store) -> None:
+    """Run `action` on the first rank of each node while the others wait. Its UserError on any becomes everyone's."""
+    if launch.local_rank == 0:
+        try:
+            action()
+        except UserError as error:
+            store.set("preparation failed", str(error))
+    if store.add("prepared", 1) == launch.world_size:
+        store.set("all prepared", "yes")
+    store.wait(["all prepared"], PREPARATION_TIMEOUT)
+    if store.check(["preparation failed"]):
+        told = UserError(store.get("preparation failed").decode())
+        told.everywhere = True
+        if store.add("told", 1) == launch.world_size:
+            store.set("all told", "yes")
+        if launch.rank == 0:  # the store lives in this process: it may end when all have read from it
+            store.wait(["all told"], datetime.timedelta(minutes=1))
+        raise told
+
+
+def initialize(config: RunConfig, launch: Launch, store: dist.Store | None = None) -> Topology:
+    """Join the world and build the groups. The layout is checked before any process group or device is taken.
+
+    Args:
+        store: where the ranks have met already; None: they meet here.
+    """
     check_layout(config, launch.world_size)
     import_megatron()
     from megatron.core import parallel_state as mpu
@@ -45,8 +80,13 @@ def initialize(config: RunConfig, launch: Launch) -> Topology:
         torch.cuda.set_device(launch.local_rank)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if on_gpu() else "gloo",
+        store=store or meet(launch),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     p = config.parallel
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor_model_parallel_size,

@@ -9,7 +9,7 @@ import torch
 from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.data.loader import TrainingData
 from megatron_mm.parallel.launch import Launch
-from megatron_mm.parallel.topology import Topology, all_max, initialize, shut_down
+from megatron_mm.parallel.topology import Topology, all_max, initialize, meet, once_a_node, shut_down
 from megatron_mm.training.checkpoint import Checkpointer, load_weights, together
 from megatron_mm.training.optimizer import peak_learning_rates
 from megatron_mm.training.resilience import StopSignal, write_outcome
@@ -19,23 +19,24 @@ from megatron_mm.training.telemetry import Telemetry
 
 def train(config: RunConfig, launch: Launch, stop: StopSignal) -> None:
     """Train to `training.steps`, or to a stop signal: then checkpoint and return. Run it again to go on."""
-    topology = initialize(config, launch)
-    _train(config, launch, topology, stop)
+    store = meet(launch)
+    # Sources are checked and packed before any device is taken, however long it takes.
+    once_a_node(lambda: TrainingData.prepare(config), launch, store)
+    topology = initialize(config, launch, store)
+    _train(config, topology, stop)
     shut_down()  # not after an error: a rank that fails alone must end at once, so that the others notice
 
 
-def _open_data(config: RunConfig, launch: Launch) -> TrainingData:
-    """One process a node checks the sources and packs; then all open what it wrote."""
-    together(lambda: TrainingData.prepare(config) if launch.local_rank == 0 else None)
+def _open_data(config: RunConfig) -> TrainingData:
     opened: list[TrainingData] = []
     together(lambda: opened.append(TrainingData.open(config)))
     return opened[0]
 
 
-def _train(config: RunConfig, launch: Launch, topology: Topology, stop: StopSignal) -> None:
+def _train(config: RunConfig, topology: Topology, stop: StopSignal) -> None:
     t = config.training
     main = topology.rank == 0
-    data = _open_data(config, launch)
+    data = _open_data(config)
     trainer = Trainer(config, topology, data.layout, len(data.source_names))
     checkpointer = Checkpointer(config, trainer, Path(data.tokenizer.path))
     done = checkpointer.load_latest()
