@@ -254,6 +254,8 @@ def _alive(loader: DataLoader[Any]) -> Iterator[Microbatch | UserError]:
     except (OSError, EOFError) as error:  # it died while it handed a microbatch over
         raise RuntimeError("a data worker exited unexpectedly (killed, or out of memory?)") from error
     finally:
+        items._shutdown_workers()
+        _kill(items._workers)  # those that are left: torch shuts none down while the interpreter ends
         finalizer.cancel()
 
 

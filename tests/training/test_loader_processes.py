@@ -12,7 +12,9 @@ from tests.ranks import rank_environment
 from tests.tiny import tiny_run
 
 SCRIPT = """
-import multiprocessing, os, sys
+import atexit, gc, multiprocessing.util, os, sys
+
+atexit.register(gc.collect)  # runs between torch's own handler, which comes later, and multiprocessing's
 from megatron_mm.config import load_config
 from megatron_mm.data.loader import TrainingData
 
@@ -24,10 +26,15 @@ if __name__ == "__main__":
         os.kill(os.getpid(), 9)
     if sys.argv[2] == "error":
         raise ValueError("while the batches are still held")
+    if sys.argv[2] == "end, collected late":
+        gc.disable()
+        holder = {"batches": batches}
+        holder["itself"] = holder
+        del batches, holder
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("kill -9", -9), ("error", 1), ("end", 0)])
+@pytest.mark.parametrize(("how", "code"), [("kill -9", -9), ("error", 1), ("end", 0), ("end, collected late", 0)])
 def test_workers_end_with_the_training_process(data: Path, tmp_path: Path, how: str, code: int) -> None:
     config = tiny_run(tmp_path, data, data__num_workers=2)
     script = tmp_path / "script.py"
