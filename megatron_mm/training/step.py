@@ -165,10 +165,14 @@ class Trainer:
         )
 
     def _expert_losses(self, microbatches: int) -> dict[str, float]:
-        """Megatron-Core's record of the routers' auxiliary losses in this step, without their coefficients."""
+        """Megatron-Core's record of the routers' auxiliary losses in this step, without their coefficients.
+
+        Its record of the z-loss is each rank's own, so the mean over tensor- and data-parallel ranks is taken here.
+        """
         moe = self.config.model.decoder.moe
         if moe is None:
             return {}
+        from megatron.core import parallel_state as mpu
         from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
         totals: dict[str, Tensor] = {}
@@ -181,7 +185,10 @@ class Trainer:
             num_layers=self.transformer.num_layers,
             moe_layer_freq=self.transformer.moe_layer_freq,
         )
-        return {f"moe/{name}": float(value) for name, value in totals.items()}
+        group = mpu.get_tensor_and_data_parallel_group()
+        values = torch.stack([value.float() for value in totals.values()])
+        dist.all_reduce(values, group=group)
+        return {f"moe/{name}": value / group.size() for name, value in zip(totals, values.tolist(), strict=True)}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:
