@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["caption", "interleaved", "text"]
-KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text")
+Kind = Literal["caption", "interleaved", "text", "conversation"]
+KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "conversation")
 
 
 @dataclass(frozen=True, kw_only=True)

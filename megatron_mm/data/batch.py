@@ -23,7 +23,7 @@ class Microbatch:
 
     tokens: Tensor  # int64 [b, s]; a picture is tokens_per_image times the image id
     labels: Tensor  # int64 [b, s]; the next token of the same document
-    loss_mask: Tensor  # float32 [b, s]; 1 where the label is text
+    loss_mask: Tensor  # float32 [b, s]; 1 where the label is text that is trained on
     documents: Tensor  # int32 [b, s]; number of the piece within its sequence; all 0 without block attention
     position_ids: Tensor  # int64 [b, s]; from 0 in each piece; in each sequence without block attention
     source_ids: Tensor  # int64 [b]
@@ -66,11 +66,12 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
         ValueError: they do not fit into a sequence.
     """
     s = layout.seq_length
-    inputs, labels, piece_numbers, images = [], [], [], []
-    for number, (document, start, end) in enumerate(pieces):
-        text = source.text(document)
+    inputs, labels, trained, piece_numbers, images = [], [], [], [], []
+    texts = source.texts([piece.document for piece in pieces])
+    for number, ((document, start, end), text) in enumerate(zip(pieces, texts, strict=True)):
         inputs.append(text[start:end])
         labels.append(text[start + 1 : end + 1])
+        trained.append(_trained(source.loss(document), start + 1, end + 1))
         piece_numbers.append(np.full(end - start, number, dtype=np.int32))
         first, last = np.searchsorted(source.meta(document)["offset"], (start, end))
         images += [ImageRef(document, i) for i in range(first, last)]
@@ -92,8 +93,9 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
     out.tokens[:used] = np.repeat(ids, widths)
     # Inside a picture the next token is the picture's; only its last position looks at what comes after.
     out.labels[:used] = layout.image_token_id
-    out.labels[np.cumsum(widths) - 1] = np.concatenate(labels)
-    out.loss_mask[:used] = out.labels[:used] != layout.image_token_id
+    lasts = np.cumsum(widths) - 1
+    out.labels[lasts] = np.concatenate(labels)
+    out.loss_mask[lasts] = np.concatenate(trained) & (out.labels[lasts] != layout.image_token_id)
     if block_attention:
         numbers = np.repeat(np.concatenate(piece_numbers), widths)
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
@@ -103,6 +105,15 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
         out.documents[:used] = 0
         out.position_ids[:used] = np.arange(used)
     return out
+
+
+def _trained(ranges: np.ndarray | None, start: int, end: int) -> np.ndarray:
+    """Which of the tokens [start, end) of a document lie in its loss ranges, bool [end - start]."""
+    if ranges is None:
+        return np.ones(end - start, dtype=bool)
+    edges = np.clip(ranges.reshape(-1) - start, 0, end - start)
+    # Ranges are ascending and apart: a token lies in one when an odd number of edges is at or before it.
+    return np.searchsorted(edges, np.arange(end - start), side="right") % 2 == 1
 
 
 def share_of(num_images: int, rank: int, size: int) -> slice:

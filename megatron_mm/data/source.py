@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_mm.config import Kind
 from megatron_mm.data.source_files import CODES, HEADER, MAGIC, MANIFEST, META, SCHEMA, file_of
-from megatron_mm.data.source_writer import SourceWriter
+from megatron_mm.data.source_writer import SourceWriter, check_loss
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import UserError
 
@@ -108,12 +108,16 @@ class Source:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError("the manifest is damaged", where=path, found=repr(error), do=_REBUILD) from None
         wanted = {"text.bin", "text.idx", "meta.npy"} | ({"image.bin", "image.idx"} if images else set())
+        self.has_loss = "loss.bin" in files
+        if self.has_loss:
+            wanted |= {"loss.bin", "loss.idx"}
         if files.keys() != wanted or dtype not in CODES or documents < 1:
             raise UserError("the manifest is damaged", where=path, found=f"{sorted(files)}, {dtype}", do=_REBUILD)
         for part, size in files.items():
             self._check_size(file_of(prefix, part), size)
         self._text = _Index(self.prefix, "text", dtype, documents, documents)
         self._images = _Index(self.prefix, "image", np.dtype("u1"), images, documents) if images else None
+        self._loss = _Index(self.prefix, "loss", np.dtype("<i4"), documents, documents) if self.has_loss else None
         self.all_meta = self._open_meta(images)
         self.lengths = self._text.lengths
         starts = self._images.documents if self._images else np.zeros(documents + 1, dtype=np.int64)
@@ -153,11 +157,23 @@ class Source:
         """Its tokens, uint16 or int32 [lengths[document]], a view of the map."""
         return self._text[document]
 
+    def texts(self, documents: Sequence[int]) -> list[np.ndarray]:
+        """`text` of several documents at once."""
+        return [self.text(document) for document in documents]
+
+    def loss(self, document: int) -> np.ndarray | None:
+        """Ranges [start, end) of its tokens that are trained on, int32 [ranges, 2]; None: all of them."""
+        return self._loss[document].reshape(-1, 2) if self._loss else None
+
     def image_bytes(self, document: int) -> list[memoryview]:
         """Its pictures as encoded, views of the map."""
         if self._images is None:
             return []
         return [self._images[i].data for i in range(int(self._starts[document]), int(self._starts[document + 1]))]
+
+    def images(self, requests: Sequence[tuple[int, int, int]]) -> list[list[tuple[memoryview, int]]]:
+        """Pictures first to last - 1 of each (document, first, last), as `image` gives them, all at once."""
+        return [[self.image(d, i) for i in range(first, last)] for d, first, last in requests]
 
     def image(self, document: int, index: int) -> tuple[memoryview, int]:
         """One of its pictures as encoded, and the crc32 that the bytes should have."""
@@ -199,6 +215,10 @@ def _faults(source: Source) -> Iterator[str]:
             yield f"document {d} has ids outside the vocabulary"
         elif not np.array_equal(np.flatnonzero(tokens == image), meta["offset"]):
             yield f"document {d}: image ids and pictures do not agree"
+        try:
+            check_loss(None if (loss := source.loss(d)) is None else loss.tolist(), len(tokens))
+        except ValueError as error:
+            yield f"document {d}: {error}"
         for i, (data, row) in enumerate(zip(pictures, meta, strict=True)):
             if len(data) != row["nbytes"] or zlib.crc32(data) != row["crc32"]:
                 yield f"document {d}, picture {i}: the bytes do not have their crc32"

@@ -3,6 +3,8 @@
     X.text.{bin,idx}    one sequence a document: bos, tokens with one image id at each picture's place, eos
     X.image.{bin,idx}   one sequence a picture, its encoded bytes; its document_indices run parallel to the text's,
                         so document d owns pictures [di[d], di[d + 1]). Absent when no document has a picture.
+    X.loss.{bin,idx}    one sequence a document: start, end, start, end, … of the tokens that are trained on, as a
+                        conversation's answers are. Absent when all tokens are.
     X.meta.npy          one row a picture (META): size, format, crc32, place in the document, …
     X.manifest.json     written last: counts, and each file's size and sha256
 

@@ -7,6 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -45,6 +46,17 @@ class _DigestingFile:
         self.path.unlink(missing_ok=True)
 
 
+def check_loss(loss: Sequence[tuple[int, int]] | None, length: int) -> None:
+    """Raises ValueError unless these are ranges of trained tokens of a document of `length` tokens."""
+    if loss is None:
+        return
+    edges = [edge for start, end in loss for edge in (start, end)]
+    if not edges or edges[0] < 1 or edges[-1] > length or any(a >= b for a, b in loss):
+        raise ValueError(f"loss ranges {list(loss)} in a document of {length} tokens")
+    if any(a > b for a, b in pairwise(edges)):
+        raise ValueError(f"loss ranges {list(loss)} out of order")
+
+
 class SourceWriter:
     """Writes a source beside an older one of the same prefix, and takes its place when complete.
 
@@ -65,6 +77,7 @@ class SourceWriter:
         self.dtype = np.dtype("<u2") if tokenizer.vocab_size < 65500 else np.dtype("<i4")
         self._lengths, self._image_sizes, self._document_indices = array("i"), array("i"), array("q", [0])
         self._meta = bytearray()
+        self._loss_sizes = array("i")
         self._files: dict[str, _DigestingFile] = {}
         self._lock: BinaryIO | None = None
         try:
@@ -112,14 +125,21 @@ class SourceWriter:
             self._lock.close()
             self._lock = None
 
-    def add(self, tokens: Sequence[int], images: Sequence[StoredImage] = ()) -> None:
+    def add(
+        self,
+        tokens: Sequence[int],
+        images: Sequence[StoredImage] = (),
+        loss: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """One document.
 
         Args:
             tokens: bos, text ids with one image id a picture, eos.
             images: the pictures, in the order of their ids.
+            loss: ranges [start, end) of the tokens that are trained on, ascending and apart; None: all.
         Raises:
-            ValueError: ids out of range, bos or eos not at the ends alone, or as many image ids as pictures.
+            ValueError: ids out of range, bos or eos not at the ends alone, not as many image ids as pictures, or loss
+                ranges that are none, empty, out of order or outside [1, len(tokens)).
         """
         t = self.tokenizer
         ids = np.asarray(tokens, dtype=np.int64)
@@ -135,6 +155,7 @@ class SourceWriter:
         places = np.flatnonzero(ids == t.image_id)
         if len(places) != len(images):
             raise ValueError(f"{len(places)} image ids for {len(images)} pictures")
+        check_loss(loss, len(ids))
         try:
             self._text.write(ids.astype(self.dtype).tobytes())
             for place, image in zip(places, images, strict=True):
@@ -145,10 +166,24 @@ class SourceWriter:
                     len(image.data), image.crc32, place, image.hash,
                 )  # fmt: skip
                 self._meta += np.array(row, dtype=META).tobytes()
+            self._add_loss(loss, len(ids))
         except OSError as error:
             raise self._failed(error) from None
         self._lengths.append(len(ids))
         self._document_indices.append(len(self._image_sizes))
+
+    def _add_loss(self, loss: Sequence[tuple[int, int]] | None, length: int) -> None:
+        """From the first document with ranges on every one has them; those before it are filled in."""
+        if "loss.bin" not in self._files:
+            if loss is None:
+                return
+            file = self._open("loss.bin")
+            for earlier in self._lengths:
+                file.write(np.array([1, earlier], dtype="<i4").tobytes())
+                self._loss_sizes.append(2)
+        ranges = np.array([(1, length)] if loss is None else loss, dtype="<i4")
+        self._files["loss.bin"].write(ranges.tobytes())
+        self._loss_sizes.append(ranges.size)
 
     @property
     def documents(self) -> int:
@@ -180,6 +215,9 @@ class SourceWriter:
             self._write_index("image.idx", np.dtype("u1"), sizes, indices, modes=np.ones(self.images, dtype="i1"))
         else:  # an empty .bin cannot be mapped
             self._files.pop("image.bin").discard()
+        if "loss.bin" in self._files:
+            sizes = np.frombuffer(self._loss_sizes, dtype="<i4")
+            self._write_index("loss.idx", np.dtype("<i4"), sizes, np.arange(self.documents + 1, dtype="<i8"))
         meta = self._open("meta.npy")
         header = {"descr": np.lib.format.dtype_to_descr(META), "fortran_order": False, "shape": (self.images,)}
         np.lib.format.write_array_header_1_0(meta, header)
@@ -219,7 +257,7 @@ class SourceWriter:
         """All bytes are on the disk; only names change now. The manifest goes first and comes last, so that a crash
         between two names is told as a missing manifest and never read as a mix of two sources."""
         file_of(self.prefix, MANIFEST).unlink(missing_ok=True)
-        for part in ("image.bin", "image.idx"):
+        for part in ("image.bin", "image.idx", "loss.bin", "loss.idx"):
             if part not in self._files:
                 file_of(self.prefix, part).unlink(missing_ok=True)
         for part, file in self._files.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mm.config import Kind
-from megatron_mm.data.ingest import BadRecord, ImageFile, Record
+from megatron_mm.data.ingest import BadRecord, Record, Text
 from megatron_mm.data.ingest.images import BadImageError, StoredImage, store
 from megatron_mm.data.ingest.jsonl import read_records
 from megatron_mm.data.source_files import file_of
@@ -46,15 +46,15 @@ def make_document(record: Record, tokenizer: Tokenizer, max_pixels: int) -> Docu
     tokens: list[int] = [tokenizer.bos_id]
     images: list[StoredImage] = []
     for part in record.parts:
-        if isinstance(part, str):
-            tokens += tokenizer.encode(part)
+        if isinstance(part, Text):
+            tokens += tokenizer.encode(part.text)
             continue
-        name = f"image {len(images)}"
+        name, data = f"image {len(images)}", part.content
         try:
-            if isinstance(part, ImageFile):
-                name = f"image {part.path}"
-                part = part.path.read_bytes()
-            images.append(store(part, max_pixels))
+            if isinstance(data, Path):
+                name = f"image {data}"
+                data = data.read_bytes()
+            images.append(store(data, max_pixels))
         except OSError as error:
             return BadRecord(record.id, f"{error.strerror}: {name}")
         except BadImageError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import Kind
-from megatron_mm.data.ingest import BadRecord, ImageFile, Record
+from megatron_mm.data.ingest import BadRecord, Part, Picture, Record, Text
 from megatron_mm.errors import UserError
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -36,7 +36,7 @@ def _text(value: Any, name: str = "text") -> str:
     return value
 
 
-def _image(value: Any, folder: Path) -> ImageFile | bytes:
+def _image(value: Any, folder: Path) -> Picture:
     if isinstance(value, str):
         value = {"path": value}
     if not isinstance(value, dict) or len({"path", "base64"} & value.keys()) != 1:
@@ -45,20 +45,20 @@ def _image(value: Any, folder: Path) -> ImageFile | bytes:
         path = _text(value["path"], "path")
         if not path or "\0" in path:
             raise _BadError('"path" is no path')
-        return ImageFile(folder / path)
+        return Picture(folder / path)
     try:
-        return base64.b64decode(_text(value["base64"], "base64"), validate=True)
+        return Picture(base64.b64decode(_text(value["base64"], "base64"), validate=True))
     except (binascii.Error, ValueError) as error:
         raise _BadError(f'"base64" does not decode: {error}') from None
 
 
-def _part(item: Any, folder: Path) -> str | ImageFile | bytes:
+def _part(item: Any, folder: Path) -> Part:
     if not isinstance(item, dict) or len({"text", "image"} & item.keys()) != 1:
         raise _BadError('a part of "content" has neither one "text" nor one "image"')
-    return _text(item["text"]) if "text" in item else _image(item["image"], folder)
+    return Text(_text(item["text"])) if "text" in item else _image(item["image"], folder)
 
 
-def _parts(line: bytes, kind: Kind, folder: Path) -> tuple[str | ImageFile | bytes, ...]:
+def _parts(line: bytes, kind: Kind, folder: Path) -> tuple[Part, ...]:
     try:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -71,12 +71,12 @@ def _parts(line: bytes, kind: Kind, folder: Path) -> tuple[str | ImageFile | byt
         content = record.get("content")
         if not isinstance(content, list):
             raise _BadError('"content" is missing' if content is None else '"content" is no list')
-        parts = tuple(_part(item, folder) for item in content)
+        parts: tuple[Part, ...] = tuple(_part(item, folder) for item in content)
     elif kind == "caption":
-        parts = (_image(record.get("image"), folder), _text(record.get("text")))
+        parts = (_image(record.get("image"), folder), Text(_text(record.get("text"))))
     else:
-        parts = (_text(record.get("text")),)
-    if not any(isinstance(part, str) and part for part in parts):
+        parts = (Text(_text(record.get("text"))),)
+    if not any(isinstance(part, Text) and part.text for part in parts):
         raise _BadError("no text")
     return parts
 
@@ -105,7 +105,7 @@ def read_records(paths: list[Path], kind: Kind, progress: Progress | None = None
                     continue
                 where = f"{path}:{number}"
                 try:
-                    yield Record(where, kind, _parts(line, kind, path.parent))
+                    yield Record(where, _parts(line, kind, path.parent))
                 except _BadError as error:
                     yield BadRecord(where, str(error))
                 if progress:
@@ -123,5 +123,5 @@ def read_texts(paths: list[Path]) -> Iterable[str]:
                         parts = _parts(line, kind, path.parent)
                     except _BadError:
                         continue
-                    yield from (part for part in parts if isinstance(part, str))
+                    yield from (part.text for part in parts if isinstance(part, Text))
                     break

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mm.data.batch import assemble, deal, share_of
+from megatron_mm.data.ingest.images import store
 from megatron_mm.data.packing import PackedSource, Piece
-from megatron_mm.data.source import Source
+from megatron_mm.data.source import Source, SourceWriter
 from tests.unit.data.test_packing import LAYOUT
 
 
@@ -54,6 +55,33 @@ def test_every_sequence_is_the_naive_one(sources, tmp_path, name, block_attentio
     # Each text token of the split, eos among them, is a target exactly once (bos never is).
     documents = {piece.document for i in range(len(packed)) for piece in packed.pieces(i)}
     assert targets == sum(int((source.text(d)[1:] != layout.image_token_id).sum()) for d in documents)
+
+
+def test_untrained_tokens_carry_no_loss(tmp_path, tokenizer, images):
+    """Wherever a document is cut: a label has loss when its token is text inside the ranges."""
+    rng, picture = np.random.default_rng(0), store((images / "0.jpg").read_bytes(), 10**6)
+    documents = []
+    with SourceWriter(tmp_path / "x", "conversation", tokenizer) as writer:
+        for _ in range(40):
+            ids = [2, *rng.choice([4, 7, 8, 9], rng.integers(1, 30)).tolist(), 3]
+            edges = sorted(rng.integers(1, len(ids) + 1, 2 * rng.integers(1, 4)).tolist())
+            ranges = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b] or [(1, 2)]
+            documents.append((ids, [any(a <= i < b for a, b in ranges) for i in range(len(ids))]))
+            writer.add(ids, [picture] * ids.count(4), ranges)
+        writer.finish({})
+    source = verify_source(tmp_path / "x")
+    for d, (ids, trained) in enumerate(documents):
+        cut = int(rng.integers(0, len(ids) - 1))
+        pieces = [Piece(d, cut, len(ids) - 1)] + ([Piece(d, 0, cut)] if cut else [])
+        out = assemble(source, pieces, replace(LAYOUT, seq_length=200, max_images=99), True)
+        columns, _ = naive(source, pieces, replace(LAYOUT, seq_length=200, max_images=99), True)
+        wanted = []
+        for _, start, end in pieces:
+            for at in range(start, end):
+                inside = LAYOUT.tokens_per_image - 1 if ids[at] == LAYOUT.image_token_id else 0
+                wanted += [0.0] * inside + [float(trained[at + 1] and ids[at + 1] != LAYOUT.image_token_id)]
+        assert out.labels.tolist() == columns[1]
+        assert out.loss_mask.tolist() == wanted + [0.0] * (200 - len(wanted))
 
 
 def test_what_does_not_fit_is_an_error_of_ours(sources):

@@ -61,6 +61,28 @@ def test_stock_megatron_reads_it_byte_for_byte(tmp_path, images, tokenizer, mmap
     np.testing.assert_array_equal(np.load(tmp_path / "x.meta.npy", allow_pickle=False), source.all_meta)
 
 
+def test_loss_ranges_are_kept_and_filled_in(tmp_path, tokenizer):
+    """From the first document with ranges on every document has them; stock Megatron-Core reads the pair."""
+    with SourceWriter(tmp_path / "x", "conversation", tokenizer) as writer:
+        writer.add([2, 7, 8, 3])
+        writer.add([2, 7, 8, 9, 3], loss=[(2, 3), (4, 5)])
+        writer.add([2, 3])
+        writer.finish({})
+    source = verify_source(tmp_path / "x")
+    assert [source.loss(d).tolist() for d in range(3)] == [[[1, 4]], [[2, 3], [4, 5]], [[1, 2]]]
+    stock = IndexedDataset(str(tmp_path / "x.loss"))
+    assert [stock[d].tolist() for d in range(3)] == [[1, 4], [2, 3, 4, 5], [1, 2]]
+    write(tmp_path / "x", tokenizer, ["red"])
+    assert verify_source(tmp_path / "x").loss(0) is None
+    assert list(tmp_path.glob("x.loss.*")) == []
+
+
+@pytest.mark.parametrize("loss", [[], [(0, 2)], [(1, 5)], [(2, 2)], [(2, 4), (1, 2)], [(1, 3), (2, 4)], [(3, 2)]])
+def test_writer_refuses_wrong_loss_ranges(tmp_path, tokenizer, loss):
+    with SourceWriter(tmp_path / "x", "text", tokenizer) as writer, pytest.raises(ValueError, match="loss ranges"):
+        writer.add([2, 7, 8, 3], loss=loss)
+
+
 def test_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer):
     model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.path).read_bytes())
     for i in range(model.trainer_spec.vocab_size, 70_000):
