@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_mm.data.batch import assemble, deal, share_of
 from megatron_mm.data.ingest.images import store
 from megatron_mm.data.packing import PackedSource, Piece
-from megatron_mm.data.source import Source, SourceWriter
+from megatron_mm.data.source import Source, SourceWriter, verify_source
 from tests.unit.data.test_packing import LAYOUT
 
 
