@@ -1,8 +1,11 @@
 # make help · everything happens in .venv, which is made once and kept.
 PYTHON ?= python3
+COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+QUICKSTART_EXTRAS := eval$(COMMA)log
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -19,35 +22,43 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml constraints/ci-cpu.txt
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; choose another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "setting up $(VENV) (minutes the first time: PyTorch is large)"
+	@echo "setting up $(VENV) for $(2) (minutes the first time: PyTorch is large)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/ci-cpu.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/ci-cpu.txt --editable '.[$(1)]'
 	@touch $@
+endef
+
+$(STAMP): setup.py pyproject.toml constraints/ci-cpu.txt
+	$(call install,$(QUICKSTART_EXTRAS),running)
+
+$(DEV_STAMP): setup.py pyproject.toml constraints/ci-cpu.txt
+	$(call install,dev,tests and benchmarks)
+	@touch $(STAMP)
 
 quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart/run.py
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	@echo "all tests, CPU only: under 20 minutes on 2 cores; the slowest 15 are listed at the end"
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-gpu: $(STAMP)
+test-gpu: $(DEV_STAMP)
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "error: PyTorch sees no GPU here"; exit 1; }
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV_STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)
+bench: $(DEV_STAMP)
 	@test -n "$(NAME)" || { echo "make bench NAME=…, one of:"; ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py; exit 1; }
 	@$(BIN)/python benchmarks/$(NAME).py

@@ -240,7 +240,7 @@ def _check_files(config: RunConfig) -> None:
     files = [("data.tokenizer", config.data.tokenizer)]
     files += [(f"data.sources.{i}.path", f"{s.path}.manifest.json") for i, s in enumerate(config.data.sources)]
     for where, file in files:
-        if not Path(file).is_file():
+        if not Path(file).exists():  # a tokenizer may be a folder
             raise UserError("no such file", where=where, found=file, do="check the path, or make it with tools/")
 
 

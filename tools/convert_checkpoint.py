@@ -22,13 +22,13 @@ def to_hf(args: argparse.Namespace) -> None:
 
 
 def from_hf(args: argparse.Namespace) -> None:
+    from megatron_mm.data.tokenizer import find_tokenizer
     from megatron_mm.hf.importer import check_same_model, import_hf
     from megatron_mm.training.checkpoint_files import write_tensors
 
     config = load_config(args.config)
     check_same_model(args.model, config)
-    extra = {"samples": 0, "tokenizer": "tokenizer.model"}
-    write_tensors(args.output, config, import_hf(args.model), extra, tokenizer=args.model / "tokenizer.model")
+    write_tensors(args.output, config, import_hf(args.model), {"samples": 0}, find_tokenizer(args.model))
     print(f"{args.model} → {args.output}")
 
 

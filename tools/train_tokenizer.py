@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from megatron_mm.data.ingest.jsonl import read_texts
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.tokenizer import open_tokenizer, train_tokenizer
 from megatron_mm.errors import run_cli
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     train_tokenizer(read_texts(args.input), args.output, args.vocab_size, args.seed, args.max_lines)
-    tokenizer = Tokenizer(args.output)
+    tokenizer = open_tokenizer(args.output)
     print(f"{args.output}: {tokenizer.vocab_size} ids, sha256 {tokenizer.hash[:12]}")
 
 

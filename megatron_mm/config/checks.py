@@ -1,6 +1,7 @@
 """What must hold between the fields of a run, and between a run and the number of its ranks."""
 
 import dataclasses
+import re
 from typing import Any
 
 from megatron_mm.config.schema import RunConfig, source_name
@@ -120,6 +121,13 @@ def check_consistency(c: RunConfig) -> None:
         raise UserError(
             "is a share of the peak", where="optimizer.min_lr_ratio", found=c.optimizer.min_lr_ratio, allowed="0 to 1"
         )
+    for i, source in enumerate(c.data.sources):
+        scheme, separator, tail = source.path.partition("://")
+        if separator and (scheme != "s3" or not re.fullmatch(r"[^/]+/(.*[^/])", tail)):
+            raise UserError(
+                "not the prefix of a source", where=f"data.sources.{i}.path", found=source.path,
+                allowed="a local path, or s3://BUCKET/FOLDER/NAME",
+            )  # fmt: skip
     names = [source_name(s) for s in c.data.sources]
     for name in names:
         if names.count(name) > 1:

@@ -83,23 +83,24 @@ class ModelConfig:
 class SourceConfig:
     """One source on disk (`PREFIX.text.bin`, `PREFIX.manifest.json`, …) and its share of the sequences."""
 
-    path: str  # prefix
+    path: str  # prefix: data/captions, or s3://bucket/captions
     weight: float  # relative; MM1: captions 45, interleaved 45, text 10
     name: str | None = None  # in logs and metrics; None: the prefix's last part
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    tokenizer: str  # a SentencePiece .model
+    tokenizer: str  # a SentencePiece .model, or a folder with a Hugging Face tokenizer.json
     sources: tuple[SourceConfig, ...]
     seq_length: int = 4096  # positions a sequence, image tokens counted
     max_images: int = 16  # a sequence, at most; MM1's
     block_attention: bool = True  # attention does not cross packed documents (MM1: critical for pairs)
     validation_fraction: float = 0.01  # of each source's documents, by a hash of their number; never trained on
-    cache_dir: str | None = None  # for packings; None: beside each source
+    # For packings, and of s3:// sources the small files. None: beside each source; of s3:// ~/.cache/megatron_mm.
+    cache_dir: str | None = None
     num_workers: int = 2  # decoding processes a rank; 0 decodes in the training process
     prefetch: int = 2  # microbatches each worker holds ready
-    decode_backend: Literal["cpu"] = "cpu"
+    decode_backend: Literal["cpu", "dali"] = "cpu"  # dali decodes JPEGs on the GPU where there is one
     max_image_pixels: int = 40_000_000  # refused from the header, before decoding
     max_bad_image_rate: float = 0.01  # of the images decoded so far; above it the run stops
 

@@ -66,44 +66,53 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
         ValueError: they do not fit into a sequence.
     """
     s = layout.seq_length
-    inputs, labels, trained, piece_numbers, images = [], [], [], [], []
-    texts = source.texts([piece.document for piece in pieces])
-    for number, ((document, start, end), text) in enumerate(zip(pieces, texts, strict=True)):
-        inputs.append(text[start:end])
-        labels.append(text[start + 1 : end + 1])
-        trained.append(_trained(source.loss(document), start + 1, end + 1))
-        piece_numbers.append(np.full(end - start, number, dtype=np.int32))
-        first, last = np.searchsorted(source.meta(document)["offset"], (start, end))
-        images += [ImageRef(document, i) for i in range(first, last)]
-    ids = np.concatenate(inputs) if inputs else np.zeros(0, dtype=np.int64)
-    widths = np.where(ids == layout.image_token_id, layout.tokens_per_image, 1)
-    used = int(widths.sum())
-    if used > s:
-        raise ValueError(f"{used} positions in a sequence of {s}")
     out = Assembled(
         tokens=np.full(s, layout.pad_token_id, dtype=np.int64),
         labels=np.full(s, layout.pad_token_id, dtype=np.int64),
         loss_mask=np.zeros(s, dtype=np.float32),
         documents=np.full(s, -1, dtype=np.int32),
         position_ids=np.zeros(s, dtype=np.int64),
-        images=images,
+        images=[],
     )
-    if not used:
+    if not pieces:
         return out
-    out.tokens[:used] = np.repeat(ids, widths)
+    texts = source.texts([piece.document for piece in pieces])
+    # Of each piece its inputs and the token after them: all but the last are inputs, all but the first labels.
+    ids = np.concatenate([text[start : end + 1] for text, (_, start, end) in zip(texts, pieces, strict=True)])
+    lengths = np.array([end - start for _, start, end in pieces])
+    is_input = np.ones(len(ids), dtype=bool)
+    is_input[np.cumsum(lengths + 1) - 1] = False
+    places = np.flatnonzero(is_input)
+    inputs, labels = ids[places], ids[places + 1]
+    firsts = np.cumsum(lengths) - lengths  # of each piece, among the inputs
+    is_image = inputs == layout.image_token_id
+    widths = np.where(is_image, layout.tokens_per_image, 1)
+    used = int(widths.sum())
+    if used > s:
+        raise ValueError(f"{used} positions in a sequence of {s}")
+
+    out.tokens[:used] = np.repeat(inputs, widths)
     # Inside a picture the next token is the picture's; only its last position looks at what comes after.
     out.labels[:used] = layout.image_token_id
     lasts = np.cumsum(widths) - 1
-    out.labels[lasts] = np.concatenate(labels)
-    out.loss_mask[lasts] = np.concatenate(trained) & (out.labels[lasts] != layout.image_token_id)
+    out.labels[lasts] = labels
+    carries_loss = labels != layout.image_token_id
+    if source.has_loss:
+        trained = [_trained(source.loss(document), start + 1, end + 1) for document, start, end in pieces]
+        carries_loss &= np.concatenate(trained)
+    out.loss_mask[lasts] = carries_loss
+    positions = np.add.reduceat(widths, firsts)  # of each piece
     if block_attention:
-        numbers = np.repeat(np.concatenate(piece_numbers), widths)
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        out.documents[:used] = numbers
-        out.position_ids[:used] = np.arange(used) - starts[numbers]
+        out.documents[:used] = np.repeat(np.arange(len(pieces)), positions)
+        out.position_ids[:used] = np.arange(used) - np.repeat(np.cumsum(positions) - positions, positions)
     else:
         out.documents[:used] = 0
         out.position_ids[:used] = np.arange(used)
+    if is_image.any():
+        counts = np.add.reduceat(is_image, firsts, dtype=np.int64).tolist()
+        for text, (document, start, _), count in zip(texts, pieces, counts, strict=True):
+            first = int(np.count_nonzero(text[:start] == layout.image_token_id)) if start and count else 0
+            out.images += [ImageRef(document, number) for number in range(first, first + count)]
     return out
 
 

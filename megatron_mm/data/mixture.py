@@ -14,7 +14,7 @@ from math import lcm
 
 import numpy as np
 
-from megatron_mm.data.packing import splitmix64
+from megatron_mm.data.pieces import splitmix64
 from megatron_mm.errors import UserError
 
 _ROUNDS = 6

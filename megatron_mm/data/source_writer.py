@@ -1,24 +1,47 @@
-"""Writing a source: range checks, digests, and all or nothing."""
+"""Writing a source: range checks, digests, bounded memory, and all or nothing."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from array import array
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, Protocol
 
 import numpy as np
 
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest.images import StoredImage
+from megatron_mm.data.source_blocks import Block
 from megatron_mm.data.source_files import CODES, HEADER, MAGIC, MANIFEST, META, SCHEMA, file_of
-from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import UserError
+
+_PARTIAL = ".partial"
+_NEXT = MANIFEST + ".next"  # the manifest while its files are put in place
+_OPTIONAL = ("image.bin", "image.idx", "loss.bin", "loss.idx")
+_IN_MEMORY = 1 << 22  # bytes of a column, before it goes to a temporary file; and of one that are read at once
+_ROWS = 1 << 20
+
+
+class Vocabulary(Protocol):
+    """What a source says of its tokenizer."""
+
+    @property
+    def hash(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def image_id(self) -> int: ...
 
 
 class _DigestingFile:
@@ -46,6 +69,32 @@ class _DigestingFile:
         self.path.unlink(missing_ok=True)
 
 
+class _Column:
+    """Numbers that grow, document after document, kept in a file without a name when they are many."""
+
+    def __init__(self, dtype: str | np.dtype, folder: Path) -> None:
+        self.dtype, self.count = np.dtype(dtype), 0
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115 (close below)
+
+    def append(self, values: np.ndarray | Sequence[Any]) -> None:
+        if not len(values):
+            return
+        array = np.asarray(values, dtype=self.dtype)
+        self._file.write(array.tobytes())
+        self.count += array.size
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All of them, in order."""
+        self._file.seek(0)
+        while data := self._file.read(_IN_MEMORY // self.dtype.itemsize * self.dtype.itemsize):
+            yield np.frombuffer(data, dtype=self.dtype)
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
 def check_loss(loss: Sequence[tuple[int, int]] | None, length: int) -> None:
     """Raises ValueError unless these are ranges of trained tokens of a document of `length` tokens."""
     if loss is None:
@@ -65,34 +114,54 @@ class SourceWriter:
             writer.finish(made={...})
 
     Leaving the block without `finish`, by an error or not, removes what was written and keeps the older source.
-    A killed writer leaves `X.*.partial` files, which no reader looks at and the next writer overwrites.
+    A killed writer leaves `X.*.partial` files, which no reader looks at and the next writer overwrites; one killed
+    while it puts complete files in place is finished by whoever opens the source next (`settle`).
+    Memory does not grow with the number of documents.
+
+    Args:
+        tokenizer: that made the ids.
+        advice: for the user when writing fails, beside making room.
+
+    Attributes:
+        documents, images, tokens: written so far.
 
     Raises:
         UserError: the folder cannot be written, the disk is full, or another process is writing this source.
     """
 
-    def __init__(self, prefix: str | Path, kind: Kind, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, prefix: str | Path, kind: Kind, tokenizer: Vocabulary, advice: str = "choose another --output"
+    ) -> None:
+        self.advice = advice
         self.prefix, self.kind, self.tokenizer = str(prefix), kind, tokenizer
         # As Megatron-Core chooses for a vocabulary of this size.
         self.dtype = np.dtype("<u2") if tokenizer.vocab_size < 65500 else np.dtype("<i4")
-        self._lengths, self._image_sizes, self._document_indices = array("i"), array("i"), array("q", [0])
-        self._meta = bytearray()
-        self._loss_sizes = array("i")
+        self.documents = self.images = self.tokens = 0
+        folder = Path(prefix).parent
+        self._lengths, self._image_sizes = _Column("<i4", folder), _Column("<i4", folder)
+        self._image_ends, self._loss_sizes = _Column("<i8", folder), _Column("<i4", folder)
+        self._meta = _Column(META, folder)
         self._files: dict[str, _DigestingFile] = {}
         self._lock: BinaryIO | None = None
         try:
-            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._lock = file_of(prefix, MANIFEST + ".partial").open("ab")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = file_of(prefix, MANIFEST + _PARTIAL).open("ab")
             self._take_lock()
+            settle(prefix)
             self._text, self._images = self._open("text.bin"), self._open("image.bin")
         except OSError as error:
             self._discard()
             raise self._failed(error) from None
+        except UserError:
+            self._discard()
+            raise
 
     def _take_lock(self) -> None:
         assert self._lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _same_file(self._lock):  # its holder has just finished or given up
+                raise BlockingIOError
         except BlockingIOError:
             self._lock.close()
             self._lock = None
@@ -101,13 +170,13 @@ class SourceWriter:
             return  # a file system without locks
 
     def _open(self, part: str) -> _DigestingFile:
-        self._files[part] = _DigestingFile(file_of(self.prefix, part + ".partial"))
+        self._files[part] = _DigestingFile(file_of(self.prefix, part + _PARTIAL))
         return self._files[part]
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(
             "cannot write the source", where=self.prefix, found=error.strerror,
-            do="make room or choose another --output; nothing half-written was left",
+            do=f"make room or {self.advice}; nothing half-written was left",
         )  # fmt: skip
 
     def __enter__(self) -> "SourceWriter":
@@ -120,8 +189,10 @@ class SourceWriter:
         for file in self._files.values():
             file.discard()
         self._files.clear()
+        for column in (self._lengths, self._image_sizes, self._image_ends, self._loss_sizes, self._meta):
+            column.close()
         if self._lock:
-            file_of(self.prefix, MANIFEST + ".partial").unlink(missing_ok=True)
+            file_of(self.prefix, MANIFEST + _PARTIAL).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
@@ -148,50 +219,70 @@ class SourceWriter:
         if len(ids) >= 2**31:
             raise ValueError(f"{len(ids)} tokens, more than the index can hold")
         # Before the cast: Megatron-Core's own builder would wrap 70000 to 4464 in uint16.
-        if ids.min() < 0 or ids.max() >= t.vocab_size:
+        if ids.view("u8").max() >= t.vocab_size:  # seen so, negative ones are large
             raise ValueError(f"token ids from {ids.min()} to {ids.max()}, allowed are 0 to {t.vocab_size - 1}")
-        if np.isin(ids[1:-1], (t.bos_id, t.eos_id, t.pad_id)).any():
+        inner = ids[1:-1]
+        if ((inner == t.bos_id) | (inner == t.eos_id) | (inner == t.pad_id)).any():
             raise ValueError("bos, eos or pad inside a document")
         places = np.flatnonzero(ids == t.image_id)
         if len(places) != len(images):
             raise ValueError(f"{len(places)} image ids for {len(images)} pictures")
         check_loss(loss, len(ids))
+        rows = [
+            (i.width, i.height, i.format, i.orientation, i.flags, len(i.data), i.crc32, place, i.hash)
+            for i, place in zip(images, places.tolist(), strict=True)
+        ]
+        self._write(
+            Block(
+                tokens=ids.astype(self.dtype),
+                lengths=np.array([len(ids)], dtype="<i4"),
+                image_counts=np.array([len(images)], dtype="<i8"),
+                meta=np.array(rows, dtype=META),
+                pictures=[image.data for image in images],
+                loss=None if loss is None else np.array(loss, dtype="<i4"),
+                range_counts=None if loss is None else np.array([len(loss)], dtype="<i8"),
+            )
+        )
+
+    def add_block(self, block: Block) -> None:
+        """Documents of another source with the same vocabulary; only their form is checked."""
+        if block.tokens.dtype != self.dtype:
+            raise ValueError(f"{block.tokens.dtype} tokens for a source of {self.dtype}")
+        block.check()
+        self._write(block)
+
+    def _write(self, block: Block) -> None:
         try:
-            self._text.write(ids.astype(self.dtype).tobytes())
-            for place, image in zip(places, images, strict=True):
-                self._images.write(image.data)
-                self._image_sizes.append(len(image.data))
-                row = (
-                    image.width, image.height, image.format, image.orientation, image.flags,
-                    len(image.data), image.crc32, place, image.hash,
-                )  # fmt: skip
-                self._meta += np.array(row, dtype=META).tobytes()
-            self._add_loss(loss, len(ids))
+            self._text.write(block.tokens.tobytes())
+            for data in block.pictures:
+                self._images.write(data)
+            self._add_loss(block)
+            self._lengths.append(block.lengths)
+            self._image_sizes.append(block.meta["nbytes"])
+            self._image_ends.append(self.images + np.cumsum(block.image_counts, dtype=np.int64))
+            self._meta.append(block.meta)
         except OSError as error:
             raise self._failed(error) from None
-        self._lengths.append(len(ids))
-        self._document_indices.append(len(self._image_sizes))
+        self.documents += len(block.lengths)
+        self.images += len(block.meta)
+        self.tokens += len(block.tokens)
 
-    def _add_loss(self, loss: Sequence[tuple[int, int]] | None, length: int) -> None:
+    def _add_loss(self, block: Block) -> None:
         """From the first document with ranges on every one has them; those before it are filled in."""
         if "loss.bin" not in self._files:
-            if loss is None:
+            if block.loss is None:
                 return
-            file = self._open("loss.bin")
-            for earlier in self._lengths:
-                file.write(np.array([1, earlier], dtype="<i4").tobytes())
-                self._loss_sizes.append(2)
-        ranges = np.array([(1, length)] if loss is None else loss, dtype="<i4")
+            self._open("loss.bin")
+            for lengths in self._lengths.blocks():
+                self._write_loss(*all_trained(lengths))
+        ranges, counts = block.loss, block.range_counts
+        if ranges is None or counts is None:
+            ranges, counts = all_trained(block.lengths)
+        self._write_loss(ranges, counts)
+
+    def _write_loss(self, ranges: np.ndarray, counts: np.ndarray) -> None:
         self._files["loss.bin"].write(ranges.tobytes())
-        self._loss_sizes.append(ranges.size)
-
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
-
-    @property
-    def images(self) -> int:
-        return len(self._image_sizes)
+        self._loss_sizes.append(2 * counts)
 
     def finish(self, made: dict[str, Any]) -> dict[str, Any]:
         """Complete the files and put them in place. Returns the manifest.
@@ -207,65 +298,127 @@ class SourceWriter:
             raise self._failed(error) from None
 
     def _finish(self, made: dict[str, Any]) -> dict[str, Any]:
-        lengths = np.frombuffer(self._lengths, dtype="<i4")
-        self._write_index("text.idx", self.dtype, lengths, np.arange(self.documents + 1, dtype="<i8"))
+        self._write_index("text.idx", self.dtype, self._lengths)
         if self.images:
-            sizes = np.frombuffer(self._image_sizes, dtype="<i4")
-            indices = np.frombuffer(self._document_indices, dtype="<i8")
-            self._write_index("image.idx", np.dtype("u1"), sizes, indices, modes=np.ones(self.images, dtype="i1"))
+            self._write_index("image.idx", np.dtype("u1"), self._image_sizes, self._image_ends)
         else:  # an empty .bin cannot be mapped
             self._files.pop("image.bin").discard()
         if "loss.bin" in self._files:
-            sizes = np.frombuffer(self._loss_sizes, dtype="<i4")
-            self._write_index("loss.idx", np.dtype("<i4"), sizes, np.arange(self.documents + 1, dtype="<i8"))
+            self._write_index("loss.idx", np.dtype("<i4"), self._loss_sizes)
         meta = self._open("meta.npy")
         header = {"descr": np.lib.format.dtype_to_descr(META), "fortran_order": False, "shape": (self.images,)}
         np.lib.format.write_array_header_1_0(meta, header)
-        meta.write(memoryview(self._meta))
+        for rows in self._meta.blocks():
+            meta.write(rows.tobytes())
         manifest = {
             "schema": SCHEMA,
             "kind": self.kind,
             "documents": self.documents,
             "images": self.images,
-            "tokens": int(lengths.sum(dtype=np.int64)),
+            "tokens": self.tokens,
             "dtype": self.dtype.name,
             "tokenizer": {"sha256": self.tokenizer.hash, "vocab_size": self.tokenizer.vocab_size},
             "ids": {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id, "image": self.tokenizer.image_id},
             "files": {part: file.close() for part, file in sorted(self._files.items())},
             "made": made,
         }
-        partial = file_of(self.prefix, MANIFEST + ".partial")
+        partial = file_of(self.prefix, MANIFEST + _PARTIAL)
         with partial.open("wb") as file:
             file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._put_in_place()
+        # From this name on the new source stands: whatever happens now, its files are kept and will be put in place.
+        parts = list(self._files)
+        os.replace(partial, file_of(self.prefix, _NEXT))
+        self._files.clear()
+        _put_in_place(self.prefix, parts)
         return manifest
 
-    def _write_index(
-        self, part: str, dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray, modes: np.ndarray | None = None
-    ) -> None:
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    def _write_index(self, part: str, dtype: np.dtype, lengths: _Column, document_ends: _Column | None = None) -> None:
+        """The stock columns: lengths, byte pointers, where documents begin, and for pictures their modes."""
         file = self._open(part)
-        file.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(documents)))
-        for column in (lengths, pointers * dtype.itemsize, documents, modes):
-            if column is not None:
-                file.write(column.tobytes())
+        file.write(HEADER.pack(MAGIC, 1, CODES[dtype], lengths.count, self.documents + 1))
+        for block in lengths.blocks():
+            file.write(block.tobytes())
+        position = 0
+        for block in lengths.blocks():
+            ends = position + np.cumsum(block, dtype=np.int64) * dtype.itemsize
+            file.write((ends - block.astype(np.int64) * dtype.itemsize).tobytes())
+            position = int(ends[-1])
+        if document_ends:
+            file.write(bytes(8))
+            for block in document_ends.blocks():
+                file.write(block.tobytes())
+            for block in lengths.blocks():
+                file.write(np.ones(len(block), dtype="i1").tobytes())
+        else:  # one sequence a document
+            for start in range(0, self.documents + 1, _ROWS):
+                end = min(start + _ROWS, self.documents + 1)
+                file.write(np.arange(start, end, dtype="<i8").tobytes())
 
-    def _put_in_place(self) -> None:
-        """All bytes are on the disk; only names change now. The manifest goes first and comes last, so that a crash
-        between two names is told as a missing manifest and never read as a mix of two sources."""
-        file_of(self.prefix, MANIFEST).unlink(missing_ok=True)
-        for part in ("image.bin", "image.idx", "loss.bin", "loss.idx"):
-            if part not in self._files:
-                file_of(self.prefix, part).unlink(missing_ok=True)
-        for part, file in self._files.items():
-            os.replace(file.path, file_of(self.prefix, part))
-        os.replace(file_of(self.prefix, MANIFEST + ".partial"), file_of(self.prefix, MANIFEST))
-        self._files.clear()
-        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
+
+def all_trained(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss ranges of documents that are trained on throughout: int32 [d, 2], and how many each has, int64 [d]."""
+    return np.stack([np.ones_like(lengths), lengths], axis=1).astype("<i4"), np.ones(len(lengths), dtype="<i8")
+
+
+def _put_in_place(prefix: str | Path, parts: Sequence[str], again: bool = False) -> None:
+    """All bytes are on the disk; only names change now. No manifest names a mix of two sources at any time: the older
+    one goes first, the new one has another name until the end, where `settle` finds it.
+
+    Args:
+        again: after a kill, so that some names may have changed already.
+    """
+    _sync_names(prefix)
+    file_of(prefix, MANIFEST).unlink(missing_ok=True)
+    for part in _OPTIONAL:
+        if part not in parts:
+            file_of(prefix, part).unlink(missing_ok=True)
+    for part in parts:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            os.replace(file_of(prefix, part + _PARTIAL), file_of(prefix, part))
+        except FileNotFoundError:
+            if not again:
+                raise
+    os.replace(file_of(prefix, _NEXT), file_of(prefix, MANIFEST))
+    _sync_names(prefix)
+
+
+def _same_file(file: BinaryIO) -> bool:
+    """Whether the file's name still means this file."""
+    try:
+        return os.stat(file.name).st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _sync_names(prefix: str | Path) -> None:
+    folder = os.open(Path(prefix).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def settle(prefix: str | Path) -> None:
+    """Finish the work of a writer that was killed while it put its complete files in place; mostly there is none.
+
+    Raises:
+        UserError: there is, and these files may not be written.
+    """
+    path = file_of(prefix, _NEXT)
+    try:
+        file = path.open("rb")
+    except OSError:  # there is no such file, or no such folder
+        return
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # a living writer holds it, for a moment
+        try:
+            if _same_file(file):  # else a living writer has just finished
+                _put_in_place(prefix, list(json.load(file)["files"]), again=True)
+        except OSError as error:
+            raise UserError(
+                "its writer was killed while it put the files in place, and they may not be renamed by you",
+                where=str(path), found=error.strerror, do="open it once as a user who may, with inspect_data.py verify",
+            ) from None  # fmt: skip

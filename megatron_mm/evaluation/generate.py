@@ -80,8 +80,7 @@ class Generator:
         batch_size: int = 64,
         batch_positions: int = 1 << 14,
     ) -> None:
-        self.model, self.tokenizer = model.eval(), processor.tokenizer
-        self.tokens_per_image = processor.tokens_per_image
+        self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.batch_size, self.batch_positions = batch_size, batch_positions
         self.features = ImageFeatures(model, processor, batch_size)
         self.never = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long, device=model.device)
@@ -119,14 +118,13 @@ class Generator:
         return answers
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        image_token = self.tokenizer.image_token
+        image_token = self.processor.image_token
         if prompt.text.count(image_token) != len(prompt.images):
             raise UserError(
                 "prompt and images disagree", where=repr(prompt.text),
                 found=f"{prompt.text.count(image_token)} {image_token} and {len(prompt.images)} images",
             )  # fmt: skip
-        expanded = prompt.text.replace(image_token, image_token * self.tokens_per_image)
-        return self.tokenizer(expanded)["input_ids"]
+        return self.processor.token_ids(prompt.text)
 
     def _batch(
         self, token_ids: list[list[int]], images: list[Path], max_new_tokens: int, stops: Sequence[str]

@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from megatron_mm.config import ModelConfig, RunConfig
+from megatron_mm.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.configuration import MegatronMMConfig
 from megatron_mm.hf.mapping import rules
 from megatron_mm.hf.processing import MegatronMMImageProcessor, MegatronMMProcessor
-from megatron_mm.hf.tokenization import MegatronMMTokenizer
+from megatron_mm.hf.tokenization import exported_tokenizer
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -65,12 +66,12 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
 
     checkpoint = find_checkpoint(checkpoint)
     reader = read_tensors(checkpoint)
-    export_tensors(reader, checkpoint / reader.extra.get("tokenizer", "tokenizer.model"), output)
+    export_tensors(reader, find_tokenizer(checkpoint), output)
     return checkpoint
 
 
 def export_tensors(
-    source: TensorSource, tokenizer_file: str | Path, output: str | Path, max_file_bytes: int = MAX_FILE_BYTES
+    source: TensorSource, tokenizer_path: str | Path, output: str | Path, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Export tensors under their Megatron names; `output` must not exist yet.
 
@@ -81,8 +82,8 @@ def export_tensors(
     output, run = Path(output), source.config
     if output.exists():
         raise UserError("already there", where=str(output), do="remove it, or name another folder")
-    processor = build_processor(run.model, tokenizer_file)
-    config = hf_config(run.model, processor.tokenizer, run.data.seq_length)
+    tokenizer = open_tokenizer(tokenizer_path)
+    config = hf_config(run.model, tokenizer, run.data.seq_length)
     table = list(rules(config))
     _check_names(set(source.keys()), {rule.megatron for rule in table})
 
@@ -99,8 +100,8 @@ def export_tensors(
                 writer.add(name, part)
         writer.close()
         config.save_pretrained(temporary)
-        _generation_config(config, processor.tokenizer).save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        _generation_config(config, tokenizer).save_pretrained(temporary)
+        build_processor(run.model, tokenizer).save_pretrained(temporary)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -110,29 +111,27 @@ def export_tensors(
         raise
 
 
-def build_processor(model: ModelConfig, tokenizer_file: str | Path) -> MegatronMMProcessor:
+def build_processor(model: ModelConfig, tokenizer: Tokenizer) -> MegatronMMProcessor:
     """The processor that feeds a model of this configuration as training did."""
     vision = model.vision
-    if not Path(tokenizer_file).is_file():
-        raise UserError("the tokenizer is missing", where=str(tokenizer_file), do="name a whole checkpoint")
     return MegatronMMProcessor(
         MegatronMMImageProcessor(vision.image_size, vision.image_mean, vision.image_std),
-        MegatronMMTokenizer(str(tokenizer_file)),
+        exported_tokenizer(tokenizer),
         tokens_per_image=model.connector.num_tokens,
     )
 
 
-def hf_config(model: ModelConfig, tokenizer: MegatronMMTokenizer, max_positions: int) -> MegatronMMConfig:
+def hf_config(model: ModelConfig, tokenizer: Tokenizer, max_positions: int) -> MegatronMMConfig:
     """The exported model's configuration, from the run's."""
     if tokenizer.vocab_size > model.decoder.vocab_size:
         raise UserError(
             "the vocabulary is smaller than the tokenizer", where="model.decoder.vocab_size",
-            found=model.decoder.vocab_size, allowed=f"at least {tokenizer.vocab_size} ({tokenizer.vocab_file})",
+            found=model.decoder.vocab_size, allowed=f"at least {tokenizer.vocab_size} ({tokenizer.path})",
         )  # fmt: skip
     ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
     }
     vision = model.vision
     return MegatronMMConfig(
@@ -147,7 +146,7 @@ def hf_config(model: ModelConfig, tokenizer: MegatronMMTokenizer, max_positions:
             layer_norm_eps=vision.layernorm_epsilon,
         ),
         text_config=_text_config(model, max_positions, ids),
-        image_token_id=tokenizer.image_token_id,
+        image_token_id=tokenizer.image_id,
         tokens_per_image=model.connector.num_tokens,
         connector_hidden_size=model.connector.hidden_size,
         connector_depth=model.connector.depth,
@@ -201,15 +200,14 @@ def _text_config(model: ModelConfig, max_positions: int, ids: dict[str, int]) ->
     )
 
 
-def _generation_config(config: MegatronMMConfig, tokenizer: MegatronMMTokenizer) -> GenerationConfig:
+def _generation_config(config: MegatronMMConfig, tokenizer: Tokenizer) -> GenerationConfig:
     # Never an answer: the placeholder, the other special tokens, and ids that pad the vocabulary.
-    never = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.image_token_id}
-    never |= set(range(tokenizer.vocab_size, config.text_config.vocab_size))
+    never = tokenizer.special_ids.union(range(tokenizer.vocab_size, config.text_config.vocab_size))
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=sorted(never),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        suppress_tokens=sorted(never - {tokenizer.eos_id}),
     )
 
 

@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_mm.config import RunConfig
+from megatron_mm.data.tokenizer import find_tokenizer, open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.configuration import MegatronMMConfig
-from megatron_mm.hf.exporter import build_processor, hf_config
+from megatron_mm.hf.exporter import hf_config
 from megatron_mm.hf.mapping import rules
 
 # What the forward pass depends on. The other fields say how weights were drawn or how long sequences were.
@@ -47,8 +48,8 @@ def import_hf(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 def check_same_model(folder: str | Path, run: RunConfig) -> None:
     """Raise UserError where the run's model is not the folder's."""
-    found, tokenizer = read_config(folder), Path(folder) / "tokenizer.model"
-    wanted = hf_config(run.model, build_processor(run.model, tokenizer).tokenizer, run.data.seq_length)
+    found = read_config(folder)
+    wanted = hf_config(run.model, open_tokenizer(find_tokenizer(folder)), run.data.seq_length)
     faults = [
         f"{part or 'connector'}.{field}: {a!r} in the folder, {b!r} in the config"
         for part, fields in (

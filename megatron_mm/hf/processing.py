@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 
 from megatron_mm.data.decode import resize
 from megatron_mm.data.tokenizer import IMAGE_PIECE
 from megatron_mm.errors import UserError
-from megatron_mm.hf.tokenization import MegatronMMTokenizer
+
+_TEXT_OPTIONS = (
+    "padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors", "verbose",
+)  # fmt: skip
 
 
 def to_pixels(image: Any) -> Tensor:
@@ -77,12 +80,12 @@ class MegatronMMProcessor(ProcessorMixin):
     """
 
     image_processor: MegatronMMImageProcessor
-    tokenizer: MegatronMMTokenizer
+    tokenizer: PreTrainedTokenizerBase  # see `exported_tokenizer`
 
     def __init__(
         self,
         image_processor: MegatronMMImageProcessor | None = None,
-        tokenizer: MegatronMMTokenizer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         tokens_per_image: int = 144,
         **kwargs: Any,
     ) -> None:
@@ -91,9 +94,41 @@ class MegatronMMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.image_token_id if tokenizer is not None else None
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What stands for one `<image>` of a prompt."""
-        return self.image_token * self.tokens_per_image
+    def token_ids(self, text: str, bos: bool = True) -> list[int]:
+        """bos, and the ids of training: each stretch between two `<image>` is encoded by itself."""
+        ids = [self.tokenizer.bos_token_id] if bos else []
+        for i, part in enumerate(text.split(self.image_token)):
+            ids += [self.image_token_id] * (self.tokens_per_image if i else 0)
+            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """`input_ids`, `attention_mask` and `pixel_values`.
+
+        Args:
+            kwargs: `return_tensors`, and how to pad: `padding`, `max_length`, `pad_to_multiple_of`, `padding_side`.
+                `add_special_tokens=False` leaves bos out.
+        """
+        texts = [text] if isinstance(text, str) else text
+        self.validate_inputs(images=images, text=texts)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        for_text = options["text_kwargs"]
+        data: dict[str, Any] = {}
+        if texts is not None:
+            bos = for_text.pop("add_special_tokens", True)
+            if unknown := sorted(key for key, value in for_text.items() if value and key not in _TEXT_OPTIONS):
+                raise UserError(
+                    "not an option here", where="processor(…)", found=", ".join(unknown),
+                    allowed=", ".join((*_TEXT_OPTIONS, "add_special_tokens")),
+                )  # fmt: skip
+            padding = {key: value for key, value in for_text.items() if key in _TEXT_OPTIONS}
+            ids = [self.token_ids(t, bos) for t in texts]
+            data |= self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **padding})
+        if images is not None:
+            data |= self.image_processor(images, **options["images_kwargs"])
+        return BatchFeature(data, tensor_type=for_text.get("return_tensors"))
 
     def validate_inputs(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any

@@ -1,6 +1,8 @@
-"""The run's tokenizer as a transformers tokenizer. It calls what encoded the training data, so ids are always equal.
+"""The run's tokenizer as a transformers tokenizer, with the ids of training on any text.
 
-A conversion to the library's Rust tokenizers would be faster, and equal on most texts only.
+A SentencePiece model is called as it was for the training data: a conversion to the library's Rust tokenizers would be
+faster, and equal on most texts only. A Hugging Face tokenizer goes out as its own files, and the library's own class
+reads them.
 """
 
 import os
@@ -9,9 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from transformers import PreTrainedTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_mm.data.tokenizer import IMAGE_PIECE, Tokenizer
+from megatron_mm.data.tokenizer import IMAGE_PIECE, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+
+def exported_tokenizer(trained: Tokenizer) -> PreTrainedTokenizerBase:
+    """What stands in an exported folder for the run's tokenizer.
+
+    Called with a text, it gives bos and the ids of training; no text becomes a special token. `<image>` becomes the
+    image id through the processor. Batches are padded on the left, for generation.
+    """
+    if not isinstance(trained, HuggingFaceTokenizer):
+        return MegatronMMTokenizer(trained.path)
+    bos, eos, pad = (trained.piece(i) for i in (trained.bos_id, trained.eos_id, trained.pad_id))
+    backend = Backend.from_file(str(Path(trained.path) / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, trained.bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens={"image_token": IMAGE_PIECE},
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 class MegatronMMTokenizer(PreTrainedTokenizer):
@@ -27,7 +59,7 @@ class MegatronMMTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
-        self.trained = Tokenizer(vocab_file)
+        self.trained = SentencePieceTokenizer(vocab_file)
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
         for name in ("bos", "eos", "pad", "unk"):
             kwargs[f"{name}_token"] = self.sp_model.id_to_piece(getattr(self.sp_model, f"{name}_id")())

@@ -247,7 +247,7 @@ class Checkpointer:
                 if (temporary / _file(rank)).stat().st_size != files[_file(rank)]["bytes"]:
                     raise UserError("a file is shorter than it was written", where=str(temporary / _file(rank)))
             samples = self._pending_step * self.config.training.global_batch_size
-            extra = {"samples": samples, "tokenizer": "tokenizer.model", "ids": self.trainer.layout.__dict__}
+            extra = {"samples": samples, "ids": self.trainer.layout.__dict__}
             index = build_index(self._pending_step, self._plan[1], files, extra)
             finish(temporary, final, index, self.config, self.tokenizer)
             keep = self.config.checkpoint.keep

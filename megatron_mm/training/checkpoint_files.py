@@ -4,7 +4,7 @@
       index.json            every global tensor: type, shape, and where its boxes lie; every file: bytes and SHA-256
       rank-00000.safetensors, rank-00001.safetensors, …
       config.yaml           the run's configuration
-      tokenizer.model       the tokenizer that it was trained with
+      tokenizer.model       the tokenizer that it was trained with; of Hugging Face ones the folder tokenizer/
 
 Global tensors carry layout-free names (see `model/sharding.py`); optimizer state lies beside them as `exp_avg/NAME`,
 `exp_avg_sq/NAME` and, for fp32 masters, `main/NAME`. A box is a rectangular part of a global tensor, so any layout
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, dump_yaml, load_config
+from megatron_mm.data.tokenizer import copy_tokenizer
 from megatron_mm.errors import UserError
 
 FORMAT = "megatron_mm checkpoint 1"
@@ -147,7 +148,7 @@ class CheckpointReader:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """Small facts beside the tensors: `samples` consumed, the `tokenizer` file, the special token `ids`."""
+        """Small facts beside the tensors: `samples` consumed, the `tokenizer`'s name, the special token `ids`."""
         return dict(self.index["extra"])
 
     @property
@@ -261,7 +262,7 @@ def finish(temporary: Path, directory: Path, index: dict[str, Any], config: RunC
     """Write what is small, wait for the disk, and give the checkpoint its name: from then on it exists."""
     write_durably(temporary / "config.yaml", dump_yaml(config))
     if tokenizer is not None:
-        (temporary / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        index["extra"]["tokenizer"] = copy_tokenizer(tokenizer, temporary)
     write_durably(temporary / "index.json", json.dumps(index))
     sync_directory(temporary)
     os.replace(temporary, directory)

@@ -103,7 +103,7 @@ class Trainer:
         from megatron.core import parallel_state as mpu
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        batches = [batch.to(device()) for batch in batches]
+        batches = [batch.to(device(), non_blocking=True) for batch in batches]
         text_tokens = torch.stack([b.loss_mask.sum() for b in batches]).sum().double()
         dist.all_reduce(text_tokens, group=mpu.get_data_parallel_group())
         # Megatron-Core divides by the microbatches and averages over data-parallel ranks.

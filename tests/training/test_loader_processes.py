@@ -19,7 +19,12 @@ from megatron_mm.config import load_config
 from megatron_mm.data.loader import TrainingData
 
 if __name__ == "__main__":
-    batches = TrainingData.open(load_config(sys.argv[1])).train_loader(0, 0, 1, (0, 1))
+    data = TrainingData.open(load_config(sys.argv[1]))
+    if sys.argv[3] == "device":  # played by a CPU
+        from megatron_mm.data.decode.device import DeviceDecoder
+
+        data.device_decoder = DeviceDecoder(data.decoder("dali"))
+    batches = data.train_loader(0, 0, 1, (0, 1))
     next(batches)
     print(*(p.pid for p in multiprocessing.active_children()), flush=True)
     if sys.argv[2] == "kill -9":
@@ -34,16 +39,26 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("kill -9", -9), ("error", 1), ("end", 0), ("end, collected late", 0)])
-def test_workers_end_with_the_training_process(data: Path, tmp_path: Path, how: str, code: int) -> None:
-    config = tiny_run(tmp_path, data, data__num_workers=2)
+@pytest.mark.parametrize(
+    ("how", "code", "decoder"),
+    [
+        ("kill -9", -9, "workers"),
+        ("error", 1, "workers"),
+        ("end", 0, "workers"),
+        ("end, collected late", 0, "workers"),
+        ("kill -9", -9, "device"),
+        ("end, collected late", 0, "device"),
+    ],
+)
+def test_workers_end_with_the_training_process(data: Path, tmp_path: Path, how: str, code: int, decoder: str) -> None:
+    backend = "dali" if decoder == "device" else "cpu"
+    config = tiny_run(tmp_path, data, data__num_workers=2, data__decode_backend=backend)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with (tmp_path / "out").open("w") as out:
         # Not a pipe: workers that outlive their parent would hold it open, and this test with it.
-        done = subprocess.run(
-            [sys.executable, str(script), str(config), how], env=rank_environment(), stdout=out, stderr=out, timeout=60
-        )
+        command = [sys.executable, str(script), str(config), how, decoder]
+        done = subprocess.run(command, env=rank_environment(), stdout=out, stderr=out, timeout=60)
     text = (tmp_path / "out").read_text()
     assert done.returncode == code, text
     workers = [int(pid) for pid in text.splitlines()[0].split()]

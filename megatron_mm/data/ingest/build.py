@@ -1,215 +1,216 @@
-"""Records to a source: pictures checked and text encoded by threads, written in the records' order."""
+"""Records to a source, by any number of workers, continued after a kill.
 
-import json
+    inputs ──chunks──▶ shares ──workers──▶ OUTPUT.shards/N.* ──merge, in order──▶ OUTPUT.*
+
+How the input is cut depends on the input alone, and a shard on its share alone: so the source is the same, byte for
+byte, whatever the number of workers and however often the build was killed and started again.
+"""
+
 import os
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mm.config import Kind
-from megatron_mm.data.ingest import BadRecord, Record, Text
-from megatron_mm.data.ingest.images import BadImageError, StoredImage, store
-from megatron_mm.data.ingest.jsonl import read_records
+from megatron_mm.data.ingest import Format
+from megatron_mm.data.ingest.document import Document, make_document
+from megatron_mm.data.ingest.filters import Filters
+from megatron_mm.data.ingest.formats import FORMATS
+from megatron_mm.data.ingest.merge import merge_shards
+from megatron_mm.data.ingest.progress import Progress
+from megatron_mm.data.ingest.shards import AGAIN, CONTINUE, SHARD_FILE, Job, Report, Share, Tally, make_shares
+from megatron_mm.data.ingest.workers import Processes, Team
 from megatron_mm.data.source_files import file_of
 from megatron_mm.data.source_writer import SourceWriter
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import UserError
 
+__all__ = ["Document", "Summary", "build_source", "make_document"]
+
 RATE_AFTER = 100  # records, before the rate of bad ones can stop the build
-_IN_FLIGHT = 8  # records a thread, read ahead
-
-
-@dataclass(frozen=True)
-class Document:
-    tokens: list[int]
-    images: list[StoredImage]
 
 
 @dataclass(frozen=True)
 class Summary:
+    """What became of the input."""
+
     documents: int
     images: int
     tokens: int
     bad: int
     reasons: dict[str, int]  # a reason's text up to its colon → records
+    filtered_documents: dict[str, int]  # a filter's reason → documents
+    filtered_images: dict[str, int]
+    damaged: list[str]  # inputs whose rest could not be read, and why
+    shards: int
+    reused: int  # shards that an earlier run had made
     seconds: float
 
 
-def make_document(record: Record, tokenizer: Tokenizer, max_pixels: int) -> Document | BadRecord:
-    """Tokens and stored pictures of a record, or why there are none."""
-    tokens: list[int] = [tokenizer.bos_id]
-    images: list[StoredImage] = []
-    for part in record.parts:
-        if isinstance(part, Text):
-            tokens += tokenizer.encode(part.text)
-            continue
-        name, data = f"image {len(images)}", part.content
-        try:
-            if isinstance(data, Path):
-                name = f"image {data}"
-                data = data.read_bytes()
-            images.append(store(data, max_pixels))
-        except OSError as error:
-            return BadRecord(record.id, f"{error.strerror}: {name}")
-        except BadImageError as error:
-            return BadRecord(record.id, f"{error}: {name}")
-        tokens.append(tokenizer.image_id)
-    return Document([*tokens, tokenizer.eos_id], images)
-
-
-def _in_order(
-    records: Iterable[Record | BadRecord], make: Callable[[Record], Document | BadRecord], threads: int
-) -> Generator[Document | BadRecord]:
-    """`make` of each record, on threads (the decoders release Python's lock), in the records' order."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[BadRecord | Future[Document | BadRecord]] = deque()
-        try:
-            for record in records:
-                waiting.append(record if isinstance(record, BadRecord) else pool.submit(make, record))
-                if len(waiting) > threads * _IN_FLIGHT:
-                    yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(item: "BadRecord | Future[Document | BadRecord]") -> Document | BadRecord:
-    return item if isinstance(item, BadRecord) else item.result()
-
-
-class _Progress:
-    """One line on stderr, rewritten on a terminal and at most every ten seconds elsewhere."""
-
-    def __init__(self, name: str, stream: TextIO) -> None:
-        self.name, self.stream, self.started = name, stream, time.monotonic()
-        self.interval = 0.5 if stream.isatty() else 10.0
-        self.shown, self.read, self.size = self.started, 0, 1
-
-    def bytes_read(self, read: int, size: int) -> None:
-        self.read, self.size = read, size
-
-    def show(self, documents: int, images: int, bad: int) -> None:
-        now = time.monotonic()
-        if now - self.shown < self.interval:
-            return
-        self.shown = now
-        seconds, share = now - self.started, self.read / max(1, self.size)
-        left = seconds / share - seconds if share else 0.0
-        line = (
-            f"{self.name}: {share:.1%}, {documents} documents ({documents / seconds:.0f}/s), "
-            f"{images} images ({images / seconds:.0f}/s), {bad} bad, {left / 60:.1f} min left"
-        )
-        self.stream.write(f"\r{line}\x1b[K" if self.stream.isatty() else line + "\n")
-        self.stream.flush()
-
-    def end(self) -> float:
-        if self.stream.isatty():
-            self.stream.write("\r\x1b[K")
-        return time.monotonic() - self.started
-
-
-class _Quarantine:
-    """`X.quarantine.jsonl`: one line a bad record. It replaces an older build's, and is absent when all were good."""
-
-    def __init__(self, prefix: Path) -> None:
-        self.path = file_of(prefix, "quarantine.jsonl")
-        self.partial = file_of(prefix, "quarantine.jsonl.partial")
-        self.count = 0
-        self.reasons: dict[str, int] = {}
-        with self._told():
-            self.file = self.partial.open("w", encoding="utf-8")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            with suppress(OSError):
-                self.file.close()
-            self.partial.unlink(missing_ok=True)
-            raise UserError("cannot write the quarantine", where=str(self.path), found=error.strerror) from None
-
-    def add(self, bad: BadRecord) -> None:
-        with self._told():
-            self.file.write(json.dumps({"record": bad.id, "reason": bad.reason}, ensure_ascii=False) + "\n")
-        self.count += 1
-        kind = bad.reason.partition(":")[0]
-        self.reasons[kind] = self.reasons.get(kind, 0) + 1
-
-    def __enter__(self) -> "_Quarantine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Kept also when the build fails: the reasons are what the user needs then."""
-        with self._told():
-            self.file.close()
-            if self.count:
-                os.replace(self.partial, self.path)
-            else:
-                self.partial.unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
-
-
 def build_source(
-    inputs: list[Path],
+    inputs: Sequence[Path],
     prefix: Path,
     kind: Kind,
     tokenizer: Tokenizer,
     *,
+    format: Format = FORMATS["jsonl"],
+    filters: Filters | None = None,
     max_bad_rate: float = 0.05,
     max_image_pixels: int = 40_000_000,
-    threads: int | None = None,
+    team: Team | None = None,
     made: dict[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> Summary:
-    """Read JSONL files and write a source; an older one of the same prefix is replaced only when this completes.
+    """Read the inputs and write a source; an older one of the same prefix is replaced only when this completes.
 
     Args:
+        filters: None: nothing is filtered.
         max_bad_rate: of the records read; above it (after the first 100, and at the end) the build stops.
         max_image_pixels: pictures whose header claims more are refused before decoding.
-        threads: that decode; None: as many as cores.
+        team: who makes the shards; None: a process a core.
         made: kept in the manifest, for people.
         stream: of the progress lines; None: stderr.
     Raises:
-        UserError: an input cannot be read, too many records are bad, none is good, or the disk is full.
+        UserError: an input cannot be read, too many records are bad, none is good, a worker died, or the disk is full.
+            Finished shards are kept: the same call continues with them.
     """
-    progress = _Progress(prefix.name, stream or sys.stderr)
-    records = read_records(inputs, kind, progress.bytes_read)
-    threads = threads or os.cpu_count() or 1
-    documents = _in_order(records, lambda record: make_document(record, tokenizer, max_image_pixels), threads)
-    with SourceWriter(prefix, kind, tokenizer) as writer, closing(documents):
-        with _Quarantine(prefix) as quarantine:
-            for document in documents:
-                if isinstance(document, BadRecord):
-                    quarantine.add(document)
-                else:
-                    writer.add(document.tokens, document.images)
-                progress.show(writer.documents, writer.images, quarantine.count)
-                _check_rate(quarantine, writer.documents, max_bad_rate, RATE_AFTER)
-            _check_rate(quarantine, writer.documents, max_bad_rate, 0)
-        manifest = writer.finish(made or {})
+    filters = filters or Filters()
+    if kind == "text" and filters != Filters():
+        raise UserError("filters are for documents with images", where="--filter", found="kind text")
+    shares = make_shares(format.chunks(inputs))
+    job = Job(
+        file_of(prefix, "shards"), format, kind, tokenizer.path, tokenizer.hash, max_image_pixels, filters
+    )  # fmt: skip
+    progress = Progress(prefix.name, stream, sum(share.bytes for share in shares), len(shares))
+    quarantine = _Quarantine(prefix, job)
+    # First, as it keeps other builds of this source out.
+    with SourceWriter(prefix, kind, tokenizer, AGAIN) as writer:
+        try:
+            reused = _make_shards(job, shares, team or Processes(), progress, max_bad_rate, quarantine)
+            tally = progress.tally
+            filled = [job.prefix(share.number) for share in shares if job.holds_documents(share.number)]
+            tally.add(merge_shards(filled, writer, filters, progress))
+            quarantine.write()
+            bad, pages, pictures = map(_counts, (tally.bad, tally.filtered_documents, tally.filtered_images))
+            became = {"bad": bad, "filtered_documents": pages, "filtered_images": pictures, "damaged": tally.damaged}
+            manifest = writer.finish((made or {}) | became)
+        except BaseException:
+            progress.clear()
+            with suppress(UserError):  # the first error is the one to tell
+                quarantine.write(keep_older=True)
+            _tidy(job.folder, keep_finished=progress.tally.documents > 0)
+            raise
+    _tidy(job.folder, keep_finished=False)
+    progress.clear()
     return Summary(
         documents=manifest["documents"],
         images=manifest["images"],
         tokens=manifest["tokens"],
-        bad=quarantine.count,
-        reasons=quarantine.reasons,
-        seconds=progress.end(),
+        bad=tally.bad.total(),
+        reasons=bad,
+        filtered_documents=pages,
+        filtered_images=pictures,
+        damaged=tally.damaged,
+        shards=len(shares),
+        reused=reused,
+        seconds=progress.seconds,
     )
 
 
-def _check_rate(quarantine: _Quarantine, good: int, allowed: float, after: int) -> None:
-    seen = good + quarantine.count
-    if seen > after and quarantine.count > allowed * seen:
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in sorted(quarantine.reasons.items(), key=lambda x: -x[1]))
+def _counts(counter: Counter[str]) -> dict[str, int]:
+    """Most frequent first."""
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _make_shards(
+    job: Job, shares: Sequence[Share], team: Team, progress: Progress, max_bad_rate: float, quarantine: "_Quarantine"
+) -> int:
+    """Make the shards that an earlier run has not made. Returns the number of those that it has."""
+    try:
+        job.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError("cannot make a folder", where=str(job.folder), found=error.strerror) from None
+    waiting = []
+    for share in shares:
+        if (tally := job.finished(share)) is not None:
+            progress.reuse(tally)
+            quarantine.numbers.add(share.number)
+        else:
+            waiting.append(share)
+    if len(waiting) < len(shares):
+        progress.say(f"{len(shares) - len(waiting)} of {len(shares)} shards were finished before")
+    # What goes into shards and the source is mostly no less than the input, images in base64 aside.
+    if (free := shutil.disk_usage(job.folder).free) < sum(share.bytes for share in waiting):
+        progress.say(f"only {free / 1e9:.1f} GB are free for {progress.size / 1e9:.1f} GB of input: it may not fit")
+
+    def hear(report: Report) -> None:
+        quarantine.numbers.add(report.number)
+        progress.hear(report)
+        _check_rate(progress.tally, max_bad_rate, RATE_AFTER, quarantine.path)
+
+    if waiting:
+        team.make(job, waiting, hear)
+    _check_rate(progress.tally, max_bad_rate, 0, quarantine.path)
+    return len(shares) - len(waiting)
+
+
+def _check_rate(tally: Tally, allowed: float, after: int, path: Path) -> None:
+    seen, bad = tally.records, tally.bad.total()
+    if seen > after and bad > allowed * seen:
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in _counts(tally.bad).items())
         raise UserError(
-            "too many bad records", where=str(quarantine.path), found=f"{quarantine.count} of {seen}: {reasons}",
-            allowed=f"at most {allowed:.2%}", do="see the reasons there; mend the input or raise --max-bad-rate",
+            "too many bad records", where=str(path), found=f"{bad} of {seen}: {reasons}",
+            allowed=f"at most {allowed:.2%}",
+            do=f"see the reasons there; mend the input or raise --max-bad-rate, then {CONTINUE}",
         )  # fmt: skip
+
+
+class _Quarantine:
+    """`X.quarantine.jsonl`: one line a bad record, in the input's order. It replaces an older build's.
+
+    Attributes:
+        numbers: shards of this run, whose lines it takes together.
+    """
+
+    def __init__(self, prefix: Path, job: Job) -> None:
+        self.path, self.partial = file_of(prefix, "quarantine.jsonl"), file_of(prefix, "quarantine.jsonl.partial")
+        self.job, self.numbers = job, set[int]()
+
+    def write(self, keep_older: bool = False) -> None:
+        """Put it in place; it is absent when all were good. `keep_older`: then an older one stays.
+
+        It is written also when the build fails: the reasons are what the user needs then.
+        """
+        try:
+            with self.partial.open("wb") as file:
+                for number in sorted(self.numbers):
+                    with suppress(FileNotFoundError), self.job.quarantine(number).open("rb") as lines:
+                        shutil.copyfileobj(lines, file)
+                empty = not file.tell()
+            if not empty:
+                os.replace(self.partial, self.path)
+            elif not keep_older:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError("cannot write the quarantine", where=str(self.path), found=error.strerror) from None
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path, keep_finished: bool) -> None:
+    """Remove shards, or only pieces of unfinished ones; the folder too if it is empty then."""
+    try:
+        names = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
+    except OSError:
+        return
+    finished = {name.partition(".")[0] for name in names if name.endswith(".done.json")} if keep_finished else set()
+    # Marks that shards are done go first: no half-removed shard may look finished.
+    for name in sorted(names, key=lambda name: not name.endswith(".done.json")):
+        if name.partition(".")[0] not in finished:
+            (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something of somebody else's lies there
+        folder.rmdir()

@@ -115,19 +115,23 @@ def _decode(image: Image.Image, data: bytes | memoryview, tolerant: bool) -> np.
     return pixels
 
 
+def is_plain(image: Image.Image) -> bool:
+    """Whether every decoder reads this picture, and reads it as `decode_rgb` does."""
+    return (
+        image.format in FORMATS
+        and _orientation(image) == 1
+        and getattr(image, "n_frames", 1) == 1
+        and image.mode in (("L", "RGB") if image.format != "PNG" else ("1", "L", "P", "RGB"))
+        and _is_opaque(image)
+    )
+
+
 def store(data: bytes, max_pixels: int) -> StoredImage:
     """Checks a picture by decoding it once, and returns what to keep. Raises BadImageError."""
     image = read_header(data, max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise BadImageError(f"too large: {image.size[0]}×{image.size[1]}, allowed are {_MAX_SIDE} a side")
-    original, mode, orientation = image.format or "", image.mode, _orientation(image)
-    simple = (
-        original in FORMATS
-        and orientation == 1
-        and getattr(image, "n_frames", 1) == 1
-        and mode in (("L", "RGB") if original != "PNG" else ("1", "L", "P", "RGB"))
-        and _is_opaque(image)
-    )
+    original, orientation, simple = image.format or "", _orientation(image), is_plain(image)
     pixels = _decode(image, data, tolerant=False)
     stored, name = (data, original) if simple else _encode(pixels, lossy=original in _LOSSY)
     height, width = pixels.shape[:2]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from megatron_mm.config import Kind, RunConfig, config_from_dict
 from megatron_mm.data.ingest.build import build_source
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.ingest.workers import Processes
+from megatron_mm.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 WORDS = "red green blue black circle square small large left right above below one two three".split()
 
@@ -36,7 +37,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     rng = random.Random(0)
     train_tokenizer((sentence(rng, 8) + "\n" for _ in range(300)), path, 320, seed=0)
-    return Tokenizer(path)
+    return open_tokenizer(path)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, images: Path, tokenizer: T
         records["interleaved"].append({"content": content})
         records["text"].append({"text": sentence(rng, rng.randint(1, 120))})
     for (kind, rows), name in zip(records.items(), ("captions", "pages", "words"), strict=True):
-        build_source([write_jsonl(images / f"{name}.jsonl", rows)], folder / name, kind, tokenizer, threads=2)
+        build_source([write_jsonl(images / f"{name}.jsonl", rows)], folder / name, kind, tokenizer, team=Processes(2))
     return folder
 
 

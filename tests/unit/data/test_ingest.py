@@ -10,10 +10,12 @@ import pytest
 
 from megatron_mm.data.ingest import BadRecord, Record
 from megatron_mm.data.ingest.build import build_source
-from megatron_mm.data.ingest.jsonl import read_records, read_texts
+from megatron_mm.data.ingest.workers import Processes
+from megatron_mm.data.ingest.jsonl import JSONLines, read_texts
 from megatron_mm.data.source import Source, verify_source
 from megatron_mm.errors import UserError
 from tests.unit.data.conftest import image_name, write_jsonl
+from tests.unit.data.format_checks import read_all
 from tests.unit.data.test_images import huge_png
 
 ROOT = Path(__file__).parents[3]
@@ -108,7 +110,7 @@ def test_interleaved_parts_are_checked(tmp_path):
         {"content": [{"image": "b"}]},
     ]
     path = write_jsonl(tmp_path / "x.jsonl", [*lines, {"content": [{"text": "a"}]}])
-    records = list(read_records([path], "interleaved"))
+    records = read_all(JSONLines(), [path], "interleaved")
     assert [type(r) for r in records] == [BadRecord] * 5 + [Record]
 
 
@@ -122,7 +124,7 @@ def test_too_many_bad_records_stop_and_keep_the_older_source(tmp_path, tokenizer
     assert done.returncode == 2
     assert "too many bad records" in done.stderr
     assert '"text" is missing' in done.stderr
-    left = {p: p.read_bytes() for p in tmp_path.glob("x.*")}
+    left = {p: p.read_bytes() for p in tmp_path.glob("x.*") if p.is_file()}
     assert left.pop(tmp_path / "x.quarantine.jsonl").count(b"\n") >= bad_ones  # the reasons stay, for the user
     assert left == before
     # Mended, it replaces source and quarantine.
@@ -136,7 +138,7 @@ def test_order_does_not_depend_on_threads(tmp_path, images, tokenizer):
     records = [{"image": image_name(i), "text": f" {i}"} for i in range(60)]
     path = write_jsonl(images / "threads.jsonl", records)
     for threads in (1, 5):
-        build_source([path], tmp_path / str(threads), "caption", tokenizer, threads=threads)
+        build_source([path], tmp_path / str(threads), "caption", tokenizer, team=Processes(threads))
     assert Source(tmp_path / "1").digest == Source(tmp_path / "5").digest
 
 

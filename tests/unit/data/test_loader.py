@@ -3,8 +3,10 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from megatron_mm.data.decode import decode_image, resize
+from megatron_mm.data.decode.device import DeviceDecoder
 from megatron_mm.data.loader import TrainingData
 from megatron_mm.data.source import Source
 from megatron_mm.data.tokenizer import train_tokenizer
@@ -23,6 +26,19 @@ from tests.unit.data.conftest import run_config
 from tests.unit.data.test_source import write
 
 ALL = (0, 1)
+DECODERS = ("cpu", "dali", "device")
+
+
+def opened(decoder, sources, tokenizer, **config):
+    """Pictures decoded by the workers, with either backend, or by a device that workers leave JPEGs to.
+
+    A CPU plays the device's part, with DALI: all but the device itself is as with a GPU.
+    """
+    backend = "cpu" if decoder == "cpu" else "dali"
+    data = TrainingData.open(run_config(sources, tokenizer, decode_backend=backend, **config))
+    if decoder == "device":
+        data.device_decoder = DeviceDecoder(data.decoder("dali"))
+    return data
 
 
 def take(data, steps, dp_size, start=0, share=ALL):
@@ -57,17 +73,36 @@ def same(a, b):
     )
 
 
-def test_order_is_independent_of_layout_and_restart(sources, tokenizer):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_order_is_independent_of_layout_and_restart(sources, tokenizer, decoder):
     """I1: the same samples with the same contents in each step, for data-parallel sizes 1, 2, 4 and from any step."""
-    data = TrainingData.open(run_config(sources, tokenizer))
+    data = opened(decoder, sources, tokenizer)
     expected = [samples(step) for step in take(data, 6, 1)]
     for s, step in enumerate(expected):
         assert sorted(step) == list(range(8 * s, 8 * s + 8))
     for dp_size in (1, 2, 4):
         assert [samples(step) for step in take(data, 6, dp_size)] == expected
-        for start in range(1, 6):
-            resumed = take(TrainingData.open(data.config), 6 - start, dp_size, start)
+        for start in range(1, 6) if decoder == "cpu" else (4,):
+            resumed = take(opened(decoder, sources, tokenizer), 6 - start, dp_size, start)
             assert [samples(step) for step in resumed] == expected[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("decoder", ["dali", "device"])
+@pytest.mark.parametrize("share", [ALL, (1, 3), None])
+def test_decoders_agree(sources, tokenizer, decoder, workers, share):
+    """All but the pictures is the same, bit by bit, and they are nearly."""
+    exact = opened("cpu", sources, tokenizer)
+    near = opened(decoder, sources, tokenizer, num_workers=workers)
+    pictures = 0
+    for rank in (0, 1):
+        batches = zip(exact.train_loader(2, rank, 2, share), near.train_loader(2, rank, 2, share), strict=True)
+        for a, b in itertools.islice(batches, 12):
+            assert same(a, replace(b, images=a.images))
+            assert (a.images.shape, b.images.dtype) == (b.images.shape, torch.uint8)
+            assert ((a.images.int() - b.images.int()).abs().float().flatten(1).mean(1) <= 2).all()
+            pictures += len(b.images)
+    assert pictures > 30 if share else pictures == 0
 
 
 def test_samples_are_the_mixtures(sources, tokenizer):
@@ -130,11 +165,11 @@ def damaged(tmp_path, sources, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_change_neither_order_nor_shapes(sources, tokenizer, damaged, workers):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_bad_pictures_change_neither_order_nor_shapes(sources, tokenizer, damaged, workers, decoder):
     """I3: everything is as with good pictures, but for the pixels, which are the mean colour."""
-    good = TrainingData.open(run_config(sources, tokenizer))
-    config = run_config(damaged, tokenizer, num_workers=workers, max_bad_image_rate=0.99)
-    bad = TrainingData.open(config)
+    good = opened(decoder, sources, tokenizer)
+    bad = opened(decoder, damaged, tokenizer, num_workers=workers, max_bad_image_rate=0.99)
     replaced = 0
     for a, b in zip(
         good.train_loader(0, 0, 1, ALL), itertools.islice(bad.train_loader(0, 0, 1, ALL), 24), strict=False
@@ -148,8 +183,9 @@ def test_bad_pictures_change_neither_order_nor_shapes(sources, tokenizer, damage
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_pictures_end_the_run(tokenizer, damaged, workers):
-    data = TrainingData.open(run_config(damaged, tokenizer, num_workers=workers, max_bad_image_rate=0.01))
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_too_many_bad_pictures_end_the_run(tokenizer, damaged, workers, decoder):
+    data = opened(decoder, damaged, tokenizer, num_workers=workers, max_bad_image_rate=0.01)
     with pytest.raises(UserError, match=r"data.max_bad_image_rate: too many images do not decode") as caught:
         for _ in itertools.islice(data.train_loader(0, 0, 1, ALL), 400):
             pass
@@ -178,8 +214,9 @@ def children() -> set[psutil.Process]:
     return found
 
 
-def test_a_killed_worker_is_an_error_and_no_hang(sources, tokenizer):
-    data = TrainingData.open(run_config(sources, tokenizer, num_workers=2))
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_killed_worker_is_an_error_and_no_hang(sources, tokenizer, decoder):
+    data = opened(decoder, sources, tokenizer, num_workers=2)
     next(data.train_loader(0, 0, 1, ALL))  # the server of workers is there from now on
     before = children()
     batches = data.train_loader(0, 0, 1, ALL)
@@ -193,6 +230,34 @@ def test_a_killed_worker_is_an_error_and_no_hang(sources, tokenizer):
             pass
     assert time.monotonic() - started < 60
     assert [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def anonymous_memory(pid: int) -> int:
+    """KiB that a process has of its own, mapped files not counted."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_memory_is_flat(sources, tokenizer, decoder):
+    """Of the training process and of its worker, over 400 microbatches that are kept for a step each."""
+    data = opened(decoder, sources, tokenizer, num_workers=1)
+    before = children()
+    batches = data.train_loader(0, 0, 1, ALL)
+
+    def go_on(steps):
+        for _ in range(steps):
+            held = list(itertools.islice(batches, 4))
+            assert len(held) == 4
+
+    go_on(50)
+    processes = [os.getpid(), *(p.pid for p in children() - before if "forkserver" in " ".join(p.cmdline()))]
+    assert len(processes) > 1
+    start, files = [anonymous_memory(pid) for pid in processes], len(os.listdir("/proc/self/fd"))
+    go_on(100)
+    grown = [anonymous_memory(pid) - was for pid, was in zip(processes, start, strict=True)]
+    assert max(grown) < 1024, grown  # a fourth of what went through
+    assert len(os.listdir("/proc/self/fd")) <= files + 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -273,6 +338,12 @@ class TestChecksBeforeTraining:
         for check in (TrainingData.prepare, TrainingData.open):
             with pytest.raises(UserError, match="captions: the tokenizer is not the one"):
                 check(config)
+
+    @pytest.mark.parametrize("check", [TrainingData.prepare, TrainingData.open])
+    def test_dali_is_not_installed(self, sources, tokenizer, monkeypatch, check):
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+        with pytest.raises(UserError, match=r"data.decode_backend: .*\n.*\n.*megatron-mm\[dali-cu13\]"):
+            check(run_config(sources, tokenizer, decode_backend="dali"))
 
     def test_vocabulary_too_small(self, sources, tokenizer):
         config = run_config(sources, tokenizer)

@@ -1,8 +1,12 @@
-"""Pieces tile documents, sequences keep both limits, and the cache is what a fresh packing gives."""
+"""Pieces tile documents, sequences keep both limits, memory stays flat, and the cache is what a fresh packing gives."""
 
+import json
+import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mm.config import SequenceLayout
-from megatron_mm.data.packing import Limits, PackedSource, best_fit, cut, documents_of, pack
+from megatron_mm.data import packing
+from megatron_mm.data.fit import fit
+from megatron_mm.data.packing import PackedSource, pack
+from megatron_mm.data.pieces import BLOCK, Limits, cut, documents_of, windows
 from megatron_mm.data.source import Source
 from megatron_mm.errors import UserError
 from tests.unit.data.test_ingest import ROOT
@@ -19,18 +26,53 @@ LAYOUT = SequenceLayout(
     seq_length=64, max_images=5, tokens_per_image=4, image_size=16, image_token_id=4, bos_token_id=2, eos_token_id=3,
     pad_token_id=0,
 )  # fmt: skip
+MM1 = Limits(positions=4096, images=16, tokens_per_image=144)
 
 
-class Lengths:
-    """Documents as the packer sees them: lengths and image places."""
+class Documents:
+    """As the packer sees them: lengths and image places, which are spread evenly over the document."""
+
+    def __init__(self, lengths: np.ndarray, images: np.ndarray) -> None:
+        self.lengths = lengths.astype(np.int32)
+        self.image_starts = np.concatenate([[0], np.cumsum(images, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def meta(self, document: int) -> dict[str, np.ndarray]:
+        count = int(self.image_starts[document + 1] - self.image_starts[document])
+        return {"offset": 1 + np.arange(count) * ((int(self.lengths[document]) - 2) // count)}
+
+
+class Placed(Documents):
+    """With image places as given."""
 
     def __init__(self, documents: list[tuple[int, list[int]]]) -> None:
-        self.lengths = np.array([n for n, _ in documents], dtype=np.int32)
-        self.image_counts = np.array([len(places) for _, places in documents], dtype=np.int32)
+        super().__init__(np.array([n for n, _ in documents]), np.array([len(places) for _, places in documents]))
         self._places = [np.array(places, dtype="<u4") for _, places in documents]
 
     def meta(self, document: int) -> dict[str, np.ndarray]:
         return {"offset": self._places[document]}
+
+
+def corpus(kind: str, n: int, seed: int = 0) -> Documents:
+    """Of MM1's three kinds, or all of them in its shares."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(["caption", "interleaved", "text"], n, p=[0.45, 0.45, 0.1])
+    is_caption, is_text = (
+        (kinds == "caption", kinds == "text") if kind == "mixed" else (kind == "caption", kind == "text")
+    )
+    words = np.where(is_caption, rng.integers(20, 201, n), rng.lognormal(6.2, 1, n).astype(np.int64) + 1)
+    images = np.where(is_caption, 1, np.where(is_text, 0, rng.geometric(1 / 3, n)))
+    return Documents(2 + words + images, images)
+
+
+def packed_arrays(source, limits, window, folder, split="train", fraction=0.0):
+    totals = pack(folder, source, split, fraction, limits, window)
+    arrays = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("pieces", "offsets", "images")]
+    assert (totals["sequences"], totals["pieces"]) == (len(arrays[2]), len(arrays[0]))
+    assert totals["images"] == arrays[2].sum()
+    return totals, *arrays
 
 
 @st.composite
@@ -47,13 +89,15 @@ def documents(draw):
 limits_ = st.builds(Limits, positions=st.integers(12, 80), images=st.integers(1, 6), tokens_per_image=st.integers(1, 9))
 
 
-@settings(max_examples=400, deadline=None)
-@given(documents(), limits_, st.integers(1, 40))
-def test_every_target_once_and_both_limits_kept(docs, limits, window):
-    pieces, offsets, images = pack(Lengths(docs), np.arange(len(docs)), limits, window)
+@settings(max_examples=300, deadline=None)
+@given(docs=documents(), limits=limits_, window=st.integers(1, 40))
+def test_every_target_once_and_both_limits_kept(tmp_path_factory, docs, limits, window):
+    folder = tmp_path_factory.mktemp("packed")
+    totals, pieces, offsets, images = packed_arrays(Placed(docs), limits, window, folder)
     assert offsets[0] == 0
     assert offsets[-1] == len(pieces)
     seen = {d: [] for d in range(len(docs))}
+    used = 0
     for i in range(len(images)):
         rows = pieces[offsets[i] : offsets[i + 1]].tolist()
         assert rows == sorted(rows)
@@ -66,6 +110,8 @@ def test_every_target_once_and_both_limits_kept(docs, limits, window):
             seen[d].append((start, end))
         assert positions <= limits.positions
         assert pictures == images[i] <= limits.images
+        used += positions
+    assert used == totals["positions"]
     for d, (n, places) in enumerate(docs):
         runs = sorted(seen[d])
         # They tile [0, n - 1): each input once, so each target (the token after it) once.
@@ -73,6 +119,39 @@ def test_every_target_once_and_both_limits_kept(docs, limits, window):
         whole = n - 1 + len(places) * (limits.tokens_per_image - 1)
         if whole <= limits.positions and len(places) <= limits.images:
             assert len(runs) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    docs=documents(),
+    limits=limits_,
+    size=st.integers(1, 40),
+    block=st.integers(1, 12),
+    fraction=st.sampled_from([0, 0.3]),
+)
+def test_windows_are_the_same_pieces_whatever_is_read_at_once(docs, limits, size, block, fraction):
+    source = Placed(docs)
+    whole = [
+        tuple(row) for pieces, _ in windows(source, "train", fraction, limits, 10**6) for row in pieces.rows.tolist()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_mm.data.pieces.BLOCK", block)
+        parts = list(windows(source, "train", fraction, limits, size))
+    assert [tuple(row) for pieces, _ in parts for row in pieces.rows.tolist()] == whole
+    assert all(len(pieces) == size for pieces, _ in parts[:-1])
+    assert all(0 < read <= len(docs) for _, read in parts)
+    expected = [
+        (d, start, end)
+        for d in documents_of("train", range(len(docs)), fraction).tolist()
+        for start, end in naive_pieces(*docs[d], limits)
+    ]
+    assert whole == expected
+
+
+def naive_pieces(n: int, places: list[int], limits: Limits) -> list[tuple[int, int]]:
+    if n - 1 + len(places) * (limits.tokens_per_image - 1) <= limits.positions and len(places) <= limits.images:
+        return [(0, n - 1)]
+    return naive_cut(n, places, limits)
 
 
 def naive_cut(n: int, places: list[int], limits: Limits) -> list[tuple[int, int]]:
@@ -103,48 +182,104 @@ def test_cuts_are_the_naive_ones(docs, limits):
         assert cut(n, places, limits) == naive_cut(n, places, limits)
 
 
+def naive_fit(pieces: list[tuple[int, int]], limits: Limits) -> list[int]:
+    """Piece by piece, over all that are left: what fit's docstring says, with nothing sorted and nothing counted."""
+    sequence, step = [-1] * len(pieces), 0
+    left = dict(enumerate(pieces))
+    number = 0
+    while left:
+        positions, images = map(sum, zip(*left.values(), strict=True))
+        needed = max(-(-positions // limits.positions), -(-images // limits.images))
+        share = -(-images // needed)
+        cheapest = min((min(p for p, n in left.values() if n == m) // m + 1 for _, m in left.values() if m), default=0)
+        mean = positions // images if images else 0
+        price = cheapest + max(0, mean - cheapest) * step // 64
+        room, room_images, reserved, first = limits.positions, limits.images, True, True
+        while True:
+            reserve = price if reserved and not first else 0
+            fitting = [
+                (-p, m, i) for i, (p, m) in left.items() if p <= room - max(0, share - m) * reserve and m <= room_images
+            ]
+            if fitting:
+                size, m, i = min(fitting)
+                sequence[i] = number
+                del left[i]
+                room, room_images, share, first = room + size, room_images - m, share - m, False
+            elif reserved and not first:
+                reserved = False
+            else:
+                break
+        step = min(64, step + 1) if share > 0 else max(0, step - 1)
+        number += 1
+    return sequence
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=60))
-def test_best_fit_is_the_naive_one(items):
-    """Against a search of all open sequences: the tightest that holds the piece, largest piece first."""
+def test_fit_is_the_naive_one(items):
     limits = Limits(positions=40, images=5, tokens_per_image=1)
-    cost, images = np.array(items).T
-    sequence, count = best_fit(cost, images, limits)
-    order = sorted(range(len(items)), key=lambda i: (-max(items[i][0] * 5, items[i][1] * 40), i))
-    open_: list[list[int]] = []  # positions and images left
-    for i in order:
-        size, pictures = items[i]
-        fitting = [left for left, m in open_ if left >= size and m >= pictures]
-        own = sequence[i]
-        if fitting:
-            assert open_[own][0] == min(fitting)
-        else:
-            assert own == len(open_)
-            open_.append([40, 5])
-        open_[own][0] -= size
-        open_[own][1] -= pictures
-        assert min(open_[own]) >= 0
-    assert count == len(open_)
+    sequence, count = fit(*np.array(items).T, limits)
+    assert sequence.tolist() == naive_fit(items, limits)
+    assert count == max(sequence) + 1
 
 
-def test_fill_is_good():
-    rng = np.random.default_rng(0)
-    docs = [(int(n), []) for n in np.clip(rng.lognormal(5, 1, 4000), 2, 3000)]
-    limits = Limits(1024, 16, 144)
-    pieces, _, images = pack(Lengths(docs), np.arange(len(docs)), limits)
-    assert (pieces["end"] - pieces["start"]).sum() / (len(images) * 1024) > 0.99
+@pytest.mark.parametrize("kind", ["mixed", "interleaved", "text"])
+def test_sequences_are_full(kind, tmp_path):
+    totals, *_ = packed_arrays(corpus(kind, 60_000), MM1, packing.WINDOW, tmp_path)
+    assert totals["positions"] / totals["sequences"] / 4096 > 0.99
+
+
+@pytest.mark.parametrize("words", [(5, 60), (20, 200), (40, 200), (60, 300)])
+def test_captions_are_as_full_as_their_images_allow(words, tmp_path):
+    """Short captions reach the limit of images first; where both limits bind, both are nearly reached."""
+    lengths = np.random.default_rng(0).integers(*words, 60_000) + 3
+    totals, *_ = packed_arrays(Documents(lengths, np.ones(60_000)), MM1, packing.WINDOW, tmp_path)
+    needed = max(totals["positions"] / MM1.positions, totals["images"] / MM1.images)
+    assert needed / totals["sequences"] > 0.99
+
+
+def peaks(tmp_path: Path, sources: str) -> list[int]:
+    """Bytes that a process has held at most after packing each of some sources, and at first."""
+    script = (
+        "import resource, sys; from pathlib import Path; import numpy as np;"
+        "from tests.unit.data.test_packing import MM1, Documents, pack;"
+        "rng = np.random.default_rng(0);"
+        f"sources = {sources};"
+        "peak = lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); peak();"
+        "[(pack(Path(sys.argv[1]), source, 'train', 0.001, MM1), peak()) for source in sources]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_memory_does_not_grow_with_documents(tmp_path):
+    # Of text of few lengths, which is quick to fit: what matters here is the number of documents.
+    lengths = "Documents(rng.integers(800, 1000, {n}), np.zeros({n}))"
+    first, few, many = peaks(tmp_path, f"[{lengths.format(n=200_000)}, {lengths.format(n=2_000_000)}]")
+    assert few - first < 100e6
+    assert many - few < 10e6
+
+
+def test_long_documents_do_not_fill_memory(tmp_path):
+    """Books: each is hundreds of pieces."""
+    first, peak = peaks(tmp_path, f"[Documents(np.full({BLOCK}, 400_000), np.zeros({BLOCK}))]")
+    assert peak - first < 400e6
 
 
 def test_split_by_document_number():
-    train, held_out = documents_of("train", 20_000, 0.05), documents_of("validation", 20_000, 0.05)
+    train, held_out = (documents_of(split, range(20_000), 0.05) for split in ("train", "validation"))
     assert sorted([*train, *held_out]) == list(range(20_000))
     assert abs(len(held_out) - 1000) < 100
-    longer = documents_of("validation", 30_000, 0.05)
+    parts = [documents_of("validation", range(i, i + 6000), 0.05) for i in range(0, 30_000, 6000)]
+    longer = np.concatenate(parts)
     assert longer[longer < 20_000].tolist() == held_out.tolist()
-    assert documents_of("validation", 100, 0.0).size == 0
+    assert documents_of("validation", range(100), 0.0).size == 0
 
 
-def opened(sources, cache, layout=LAYOUT, split="train", fraction=0.15):
+def opened(sources: Path, cache, layout=LAYOUT, split="train", fraction=0.15):
     return PackedSource.open(Source(sources / "pages"), split, layout, fraction, cache)
 
 
@@ -152,6 +287,8 @@ def test_cache(sources, tmp_path):
     first = opened(sources, tmp_path)
     files = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*/*.npy")}
     assert len(files) == 3
+    key = json.loads(next(tmp_path.glob("*/packing.json")).read_text())["key"]
+    assert key["source"] == Source(sources / "pages").digest
     again = opened(sources, tmp_path)
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*/*.npy")} == files
     assert [first.pieces(i) for i in range(len(first))] == [again.pieces(i) for i in range(len(again))]
@@ -187,15 +324,16 @@ def test_many_processes_at_once(sources, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["pieces", "offsets", "images"])
+@pytest.mark.parametrize("name", ["pieces.npy", "offsets.npy", "images.npy", "packing.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "short", "pickle"])
 def test_damaged_cache_is_told(sources, tmp_path, name, damage):
     opened(sources, tmp_path)
-    (path,) = tmp_path.glob(f"*/{name}.npy")
+    (path,) = tmp_path.glob(f"*/{name}")
     if damage == "gone":
         path.unlink()
     elif damage == "pickle":
-        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+        with path.open("wb") as file:
+            np.save(file, np.array([{}], dtype=object), allow_pickle=True)
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -8])
     with pytest.raises(UserError, match="the packing is damaged"):
@@ -210,3 +348,48 @@ def test_empty_split_can_be_opened(sources, tmp_path):
 def test_cache_that_cannot_be_written(sources):
     with pytest.raises(UserError, match=r"data.cache_dir"):
         opened(sources, "/dev/null/cache")
+
+
+def test_full_disk(sources, tmp_path):
+    """A limit on the size of files stands in for it."""
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from tests.unit.data.test_packing import opened;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200));"
+        "opened(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, sources, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "UserError" in done.stderr
+    assert "cannot write the packing" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_opening_reads_nothing_but_totals(tmp_path):
+    """Ten million sequences: a sparse packing, of which no page is there."""
+    totals = {"sequences": 10_000_000, "pieces": 40_000_000, "images": 7, "positions": 640_000_000}
+    for name, rows, dtype in (
+        ("pieces", totals["pieces"], packing.PIECE), ("offsets", totals["sequences"] + 1, "<i8"),
+        ("images", totals["sequences"], "<i4"),
+    ):  # fmt: skip
+        array = np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", dtype, (rows,))
+        if name == "offsets":
+            array[-1] = totals["pieces"]
+    (tmp_path / "packing.json").write_text(json.dumps({"totals": totals}))
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    packed = PackedSource(tmp_path, LAYOUT)
+    assert (len(packed), packed.images, packed.fill) == (10_000_000, 7, 1.0)
+    assert packed.pieces(5_000_000) == []
+    assert time.perf_counter() - started < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+def test_progress_is_shown_when_it_takes_long(tmp_path, capfd, monkeypatch):
+    source = Documents(np.full(40_000, 100), np.zeros(40_000))
+    pack(tmp_path, source, "train", 0.0, MM1, window=1000, name="words")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(packing, "_QUIET", 0.0)
+    pack(tmp_path, source, "train", 0.0, MM1, window=1000, name="words")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("packing words: ")
+    assert "documents (" in line
+    assert line.endswith("min left")

@@ -1,5 +1,6 @@
 """The files: what stock Megatron-Core reads, what the writer refuses, what the reader notices."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_mm.data.ingest.images import store
 from megatron_mm.data.source import Source, SourceWriter, verify_source
 from megatron_mm.data.source_files import META
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tokenizer import open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.parallel.backend import import_megatron
 from tests.unit.data.test_ingest import ROOT
@@ -88,7 +89,7 @@ def test_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer):
     for i in range(model.trainer_spec.vocab_size, 70_000):
         model.pieces.add(piece=f"piece{i}", score=-1e6)
     (tmp_path / "large.model").write_bytes(model.SerializeToString())
-    with SourceWriter(tmp_path / "x", "text", Tokenizer(tmp_path / "large.model")) as writer:
+    with SourceWriter(tmp_path / "x", "text", open_tokenizer(tmp_path / "large.model")) as writer:
         writer.add([2, 69_999, 65_536, 3])
         writer.finish({})
     stock = IndexedDataset(str(tmp_path / "x.text"))  # its arrays die with it
@@ -129,8 +130,8 @@ def test_killed_writer_leaves_the_older_source_and_is_no_obstacle(tmp_path, toke
     digest = Source(tmp_path / "x").digest
     script = (
         "import os, signal, sys; from megatron_mm.data.source import SourceWriter;"
-        "from megatron_mm.data.tokenizer import Tokenizer;"
-        "w = SourceWriter(sys.argv[1], 'text', Tokenizer(sys.argv[2]));"
+        "from megatron_mm.data.tokenizer import open_tokenizer;"
+        "w = SourceWriter(sys.argv[1], 'text', open_tokenizer(sys.argv[2]));"
         "[w.add([2, 7, 3]) for _ in range(1000)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "x", tokenizer.path], cwd=ROOT, timeout=60)
@@ -239,3 +240,17 @@ def test_pickle_in_meta_is_refused(copy):
     path.write_bytes(path.read_bytes().ljust(size, b"\0"))
     with pytest.raises(UserError, match=r"meta.npy"):
         Source(copy)
+
+
+def test_an_index_that_points_outside_is_no_silent_wrong_document(copy):
+    """Its digest is right: only a writer's mistake, or somebody's own tool, makes such a file."""
+    manifest_path, path = Path(f"{copy}.manifest.json"), Path(f"{copy}.text.idx")
+    content, manifest = bytearray(path.read_bytes()), json.loads(manifest_path.read_text())
+    pointers = 34 + 4 * manifest["documents"]  # header, lengths
+    content[pointers + 8 * 3 + 7] = 0x40  # the highest byte of document 3's
+    path.write_bytes(content)
+    manifest["files"]["text.idx"]["sha256"] = hashlib.sha256(content).hexdigest()
+    manifest_path.write_text(json.dumps(manifest))
+    for read in (lambda: Source(copy).text(3), lambda: Source(copy).texts([1, 3]), lambda: verify_source(copy)):
+        with pytest.raises(UserError, match=r"pages.text.idx: the index (points outside|does not fit) its .bin"):
+            read()

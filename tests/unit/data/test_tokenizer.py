@@ -3,7 +3,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.tokenizer import open_tokenizer, train_tokenizer
 from megatron_mm.errors import UserError
 
 
@@ -42,7 +42,7 @@ def test_same_text_same_file(tmp_path, tokenizer):
     texts = [f" red {i} blue" for i in range(50)]
     for name in ("a", "b"):
         train_tokenizer(texts, tmp_path / name, 290, seed=3)
-    assert Tokenizer(tmp_path / "a").hash == Tokenizer(tmp_path / "b").hash != tokenizer.hash
+    assert open_tokenizer(tmp_path / "a").hash == open_tokenizer(tmp_path / "b").hash != tokenizer.hash
 
 
 def test_vocabulary_that_cannot_be(tmp_path):
@@ -54,14 +54,14 @@ def test_vocabulary_that_cannot_be(tmp_path):
 
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        Tokenizer(tmp_path / "none.model")
+        open_tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"no model at all")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        open_tokenizer(tmp_path / "bad.model")
     plain = tmp_path / "plain.model"
     with plain.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["red blue"] * 20), model_writer=file, vocab_size=12, pad_id=3, minloglevel=2
         )
     with pytest.raises(UserError, match="<image>"):
-        Tokenizer(plain)
+        open_tokenizer(plain)

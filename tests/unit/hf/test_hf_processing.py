@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from megatron_mm.data.decode import Decoder, decode_image
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.decode import CpuBackend, Decoder, EncodedImage, decode_image
+from megatron_mm.data.tokenizer import open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf import MegatronMMImageProcessor, MegatronMMProcessor, MegatronMMTokenizer
 
@@ -49,7 +49,7 @@ def pair(tokenizer_file, tmp_path_factory):
     """The tokenizer of training, and the exported one as it comes back from disk."""
     saved = tmp_path_factory.mktemp("saved")
     MegatronMMTokenizer(str(tokenizer_file)).save_pretrained(saved)
-    return Tokenizer(tokenizer_file), MegatronMMTokenizer.from_pretrained(saved)
+    return open_tokenizer(tokenizer_file), MegatronMMTokenizer.from_pretrained(saved)
 
 
 def test_ids_are_those_of_training_on_any_text(pair):
@@ -194,7 +194,7 @@ def test_files_by_pillow_and_by_the_training_decoder(processor, mode):
         image = image.convert(mode)
     file = io.BytesIO()
     image.save(file, "PNG", **options)
-    trained = Decoder(image_size=28, max_pixels=10_000)(file.getvalue())
+    trained = Decoder(CpuBackend(10_000), 28)([EncodedImage(file.getvalue())])[0]
     assert torch.equal(processor.image_processor.resized([Image.open(file)])[0], trained)
     assert torch.equal(processor.image_processor.resized([decode_image(file.getvalue())])[0], trained)
 
@@ -203,7 +203,7 @@ def test_jpeg_files(processor):
     """Pillow's JPEG decoder may differ a little from training's; through `decode_image` nothing does."""
     file = io.BytesIO()
     picture(50, 40).save(file, "JPEG", quality=90)
-    trained = Decoder(image_size=28, max_pixels=10_000)(file.getvalue())
+    trained = Decoder(CpuBackend(10_000), 28)([EncodedImage(file.getvalue())])[0]
     assert torch.equal(processor.image_processor.resized([decode_image(file.getvalue())])[0], trained)
     by_pillow = processor.image_processor.resized([Image.open(file)])[0]
     assert (by_pillow.int() - trained.int()).abs().max() <= 3

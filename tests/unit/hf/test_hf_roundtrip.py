@@ -12,11 +12,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import megatron_mm.hf  # noqa: F401 (registers the classes)
+from megatron_mm.data.tokenizer import open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.exporter import export_tensors, hf_config
 from megatron_mm.hf.importer import check_same_model, import_hf
 from megatron_mm.hf.mapping import rules
-from megatron_mm.hf.tokenization import MegatronMMTokenizer
 from megatron_mm.training.checkpoint_files import read_tensors, write_tensors
 from tests.unit.hf.sample import VARIANTS, DictSource, megatron_tensors, run_config
 
@@ -36,7 +36,7 @@ def assert_bit_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 def test_every_rule_is_its_own_inverse(variant, dtype, tokenizer_file):
     run = run_config(variant)
     tensors = {name: tensor.to(dtype) for name, tensor in megatron_tensors(run).items()}
-    table = list(rules(hf_config(run.model, MegatronMMTokenizer(str(tokenizer_file)), 256)))
+    table = list(rules(hf_config(run.model, open_tokenizer(tokenizer_file), 256)))
     assert {rule.megatron for rule in table} == tensors.keys()
     names = [name for rule in table for name in rule.hf]
     assert len(names) == len(set(names))
@@ -189,7 +189,7 @@ def test_vocabulary_smaller_than_tokenizer(tokenizer_file, tmp_path):
 
 def test_tokenizer_missing(tmp_path):
     run = run_config("qwen3")
-    with pytest.raises(UserError, match="tokenizer is missing"):
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
         export_tensors(DictSource(run, megatron_tensors(run)), tmp_path / "none.model", tmp_path / "out")
 
 

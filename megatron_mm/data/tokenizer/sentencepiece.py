@@ -1,25 +1,27 @@
-"""The run's tokenizer: a SentencePiece model with byte fallback, lossless on any text.
+"""A SentencePiece model with byte fallback, lossless on any text.
 
-Ids: `<pad>` 0, `<unk>` 1, `<s>` 2, `</s>` 3, `<image>` 4, newline 5, then the 256 bytes, then learned BPE pieces.
-`<image>` is a control symbol: no text, not even "<image>", is ever encoded to it.
+Ids of one that is trained here: `<pad>` 0, `<unk>` 1, `<s>` 2, `</s>` 3, `<image>` 4, newline 5, then the 256 bytes,
+then learned BPE pieces. `<image>` is a control symbol: no text, not even "<image>", is ever encoded to it.
 """
 
 import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import sentencepiece
 
+from megatron_mm.data.tokenizer.interface import IMAGE_PIECE
 from megatron_mm.errors import UserError
 
-IMAGE_PIECE = "<image>"
 _SPACE_MARK = "▁"  # SentencePiece writes spaces so; as a letter of the text it goes through byte fallback
 _LINE_BYTES = 1 << 16  # of a training line; longer ones are cut
+_NO_SPACE_BEFORE = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false, appended to the message
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     """Reads a SentencePiece `.model`.
 
     Raises:
@@ -28,34 +30,32 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                "cannot read the tokenizer", where=self.path, found=error.strerror,
-                do="check data.tokenizer, or make one with tools/train_tokenizer.py",
-            ) from None  # fmt: skip
+        content, self._model = read_model(path)
         self.hash = hashlib.sha256(content).hexdigest()
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, ValueError, TypeError):
-            raise UserError("not a SentencePiece model", where=self.path, found=f"{len(content)} bytes") from None
+        # Models of others may put a space before every text; what follows a space mark goes without it.
+        self._inside = _load(content + _NO_SPACE_BEFORE, path)
         self.vocab_size: int = self._model.vocab_size()
-        self.pad_id = self._special("pad", self._model.pad_id())
-        self.bos_id = self._special("bos", self._model.bos_id())
-        self.eos_id = self._special("eos", self._model.eos_id())
-        image = self._model.piece_to_id(IMAGE_PIECE)
-        self.image_id = self._special(IMAGE_PIECE, image if self._model.is_control(image) else -1)
+        train, adapt = (
+            "make one with tools/train_tokenizer.py",
+            f"python tools/adapt_tokenizer.py --from {path} --output …",
+        )
         self._space_mark = [
-            self._special("byte", self._model.piece_to_id(f"<0x{b:02X}>")) for b in _SPACE_MARK.encode()
+            self._id("byte", self._model.piece_to_id(f"<0x{b:02X}>"), train) for b in _SPACE_MARK.encode()
         ]
+        self.eos_id = self._id("eos", self._model.eos_id(), train)
+        self.bos_id = self._id("bos", self._model.bos_id(), adapt)
+        self.pad_id = self._id("pad", self._model.pad_id(), adapt)
+        image = self._model.piece_to_id(IMAGE_PIECE)
+        self.image_id = self._id(IMAGE_PIECE, image if self._model.is_control(image) else -1, adapt)
+        self.special_ids = frozenset(
+            i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)
+        )
 
-    def _special(self, name: str, number: int) -> int:
+    def _id(self, name: str, number: int, do: str) -> int:
         if number < 0 or number == self._model.unk_id():
             raise UserError(
                 f"the tokenizer has no {name} id", where=self.path,
-                allowed="a SentencePiece model with pad, bos, eos, the control symbol <image> and byte fallback",
-                do="make one with tools/train_tokenizer.py",
+                allowed="a SentencePiece model with pad, bos, eos, the control symbol <image> and byte fallback", do=do,
             )  # fmt: skip
         return number
 
@@ -66,12 +66,35 @@ class Tokenizer:
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE_MARK)):
             ids += self._space_mark if i else []
-            ids += self._model.encode(part)
+            ids += (self._inside if i else self._model).encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text; `decode(encode(t)) == t`. Control symbols, images among them, are left out."""
         return self._model.decode(ids)
+
+
+def read_model(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+    """A `.model` file's bytes, and the library's reader of them."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            "cannot read the tokenizer", where=str(path), found=error.strerror,
+            do="check data.tokenizer, or make one with tools/train_tokenizer.py",
+        ) from None  # fmt: skip
+    return content, _load(content, path)
+
+
+def _load(content: bytes, path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    with suppress(RuntimeError, ValueError, TypeError):
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if content and 0 <= model.unk_id() < model.vocab_size():
+            return model
+    raise UserError(
+        "not a SentencePiece model", where=str(path), found=f"{len(content)} bytes",
+        allowed="a SentencePiece .model, or a folder with a Hugging Face tokenizer.json",
+    )  # fmt: skip
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
