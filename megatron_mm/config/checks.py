@@ -1,9 +1,10 @@
 """What must hold between the fields of a run, and between a run and the number of its ranks."""
 
 import dataclasses
+import math
 from typing import Any
 
-from megatron_mm.config.schema import RunConfig, source_name
+from megatron_mm.config.schema import ConnectorConfig, RunConfig, source_name
 from megatron_mm.errors import UserError
 
 
@@ -17,6 +18,8 @@ def _positive(config: Any, prefix: str, zero_allowed: frozenset[str]) -> None:
                 if dataclasses.is_dataclass(item):
                     _positive(item, f"{name}.{i}.", zero_allowed)
         elif isinstance(value, int | float) and not isinstance(value, bool):
+            if name == "model.vision.feature_layer":
+                continue  # counts from the end
             least_ok = value >= 0 if name in zero_allowed else value > 0
             if not least_ok or value != value or value == float("inf"):
                 bound = "0 or more" if name in zero_allowed else "more than 0"
@@ -39,18 +42,34 @@ def _multiple(value: int, of: int, where: str, what: str) -> None:
         raise UserError(f"must be a multiple of {what} ({of})", where=where, found=value, allowed=f"for example {near}")
 
 
+def _check_connector(connector: ConnectorConfig, grid: int) -> None:
+    side = math.isqrt(connector.num_tokens)
+    if side * side != connector.num_tokens:
+        raise UserError(
+            "must be a square number", where="model.connector.num_tokens", found=connector.num_tokens,
+            allowed=f"for example {side**2} or {(side + 1) ** 2}",
+        )  # fmt: skip
+    if connector.kind == "pixel_shuffle_mlp" and grid % side:
+        raise UserError(
+            f"pixel shuffle needs whole squares of the {grid} × {grid} patches", where="model.connector.num_tokens",
+            found=connector.num_tokens, allowed=", ".join(str(n * n) for n in range(1, grid + 1) if grid % n == 0),
+        )  # fmt: skip
+    if connector.kind == "attention_pool" and connector.hidden_size > 64:
+        _multiple(connector.hidden_size, 64, "model.connector.hidden_size", "the width of an attention head")
+
+
 def check_consistency(c: RunConfig) -> None:
     """Everything that can be known without files and without a world."""
     _positive(c, "", _ZERO_ALLOWED)
     v, d, p, t = c.model.vision, c.model.decoder, c.parallel, c.training
     _multiple(v.image_size, v.patch_size, "model.vision.image_size", "model.vision.patch_size")
     _multiple(v.hidden_size, v.num_attention_heads, "model.vision.hidden_size", "model.vision.num_attention_heads")
-    side = round(c.model.connector.num_tokens**0.5)
-    if side * side != c.model.connector.num_tokens:
+    if not -v.num_layers <= v.feature_layer <= -1:
         raise UserError(
-            "must be a square number", where="model.connector.num_tokens", found=c.model.connector.num_tokens,
-            allowed=f"for example {side**2} or {(side + 1) ** 2}",
+            "counts the encoder's layers from the end", where="model.vision.feature_layer", found=v.feature_layer,
+            allowed=f"{-v.num_layers} to -1",
         )  # fmt: skip
+    _check_connector(c.model.connector, v.grid)
     if d.kv_channels is None:
         _multiple(d.hidden_size, d.num_attention_heads, "model.decoder.hidden_size", "num_attention_heads")
     _multiple(d.num_attention_heads, d.num_query_groups, "model.decoder.num_attention_heads", "num_query_groups")

@@ -18,7 +18,7 @@ from megatron_mm.hf.mapping import rules
 _SHAPE_FIELDS = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "vocab_size hidden_act rms_norm_eps layer_norm_eps rope_parameters image_size patch_size num_experts "
-    "num_experts_per_tok moe_intermediate_size decoder_sparse_step tie_word_embeddings".split()
+    "mlp_ratio num_experts_per_tok moe_intermediate_size decoder_sparse_step tie_word_embeddings".split()
 )
 
 
@@ -54,7 +54,17 @@ def check_same_model(folder: str | Path, run: RunConfig) -> None:
         for part, fields in (
             ("vision_config", _SHAPE_FIELDS),
             ("text_config", _SHAPE_FIELDS),
-            ("", ("tokens_per_image", "connector_hidden_size", "connector_depth", "image_token_id")),
+            (
+                "",
+                (
+                    "tokens_per_image",
+                    "connector_kind",
+                    "connector_hidden_size",
+                    "connector_depth",
+                    "vision_final_norm",
+                    "image_token_id",
+                ),
+            ),
         )
         for field in fields
         if (a := _field(found, part, field)) != (b := _field(wanted, part, field))

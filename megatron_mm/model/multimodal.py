@@ -1,7 +1,7 @@
 """The whole model: image embeddings stand in the decoder's input at their placeholders.
 
     first stage                                                     every stage                  last stage
-    pixels ─ VisionEncoder ─ CAbstractor ─ gather over TP ┐
+    pixels ─ VisionEncoder ─ connector ── gather over TP ┐
     tokens ─ word embeddings ─────────────────────────────┴ merge ─ GPTModel's layers ─ … ─ output layer ─ loss
 
 Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.connector import Connector, build_connector
 from megatron_mm.model.decoder import build_decoder, transformer_config
 from megatron_mm.parallel.backend import import_megatron
 
@@ -72,10 +72,10 @@ class MultimodalModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.image_size = v.image_size
         self.vision: VisionEncoder | None = None
-        self.connector: CAbstractor | None = None
+        self.connector: Connector | None = None
         if pre_process:
             self.vision = VisionEncoder(v, self.transformer)
-            self.connector = CAbstractor(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
+            self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
         self.language_model = build_decoder(config, self.transformer, pre_process, post_process)
 

@@ -1,6 +1,6 @@
-"""The image encoder: a CLIP-shaped ViT on Megatron-Core's transformer block.
+"""The image encoder: a ViT of the CLIP, SigLIP or DINOv2 family on Megatron-Core's transformer block.
 
-    pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ + class token ─ + positions ─ LayerNorm ─ block ─ patch tokens
+    pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ (class token) ─ + positions ─ (norm) ─ block ─ (norm) ─ features
 
 Megatron-Core's own CLIPViTModel fixes the resolution and returns what LLaVA needs; this one is the same network with
 what MM1 needs, and its parameters keep Megatron's names. It is not tensor-parallel: each tensor-parallel rank encodes
@@ -8,6 +8,7 @@ its share of the images with a full copy (see `multimodal.py`), so any head coun
 """
 
 import copy
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +36,17 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+_ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
 def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig") -> "TransformerConfig":
     """The decoder's configuration with the encoder's shape, and none of the decoder's parallelism or experts."""
     config = copy.deepcopy(decoder)
-    config.num_layers = vision.num_layers
+    config.num_layers = vision.built_layers
     config.hidden_size = vision.hidden_size
     config.num_attention_heads = config.num_query_groups = vision.num_attention_heads
     config.kv_channels = vision.hidden_size // vision.num_attention_heads
@@ -47,7 +55,7 @@ def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig"
     config.layernorm_epsilon = vision.layernorm_epsilon
     config.qk_layernorm = False
     config.gated_linear_unit = False
-    config.activation_func = quick_gelu if vision.activation == "quick_gelu" else torch.nn.functional.gelu
+    config.activation_func = _ACTIVATIONS[vision.activation]
     config.add_bias_linear = True
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.expert_model_parallel_size = 1
     config.sequence_parallel = False
@@ -68,15 +76,17 @@ def _single_rank_groups() -> ProcessGroupCollection:
 
 
 class VisionEncoder(MegatronModule):
-    """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped, no final norm)."""
+    """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped)."""
 
     def __init__(self, vision: VisionConfig, decoder: "TransformerConfig") -> None:
         config = vision_transformer_config(vision, decoder)
         super().__init__(config=config)
-        self.conv1 = torch.nn.Conv2d(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, bias=False)
-        self.class_token = torch.nn.Parameter(torch.empty(1, 1, vision.hidden_size))
-        self.position_embeddings = torch.nn.Embedding(1 + vision.grid**2, vision.hidden_size)
-        self.ln_pre = WrappedTorchNorm(config, vision.hidden_size, eps=vision.layernorm_epsilon)
+        h, patch, shape = vision.hidden_size, vision.patch_size, vision.shape
+        self.conv1 = torch.nn.Conv2d(3, h, patch, stride=patch, bias=shape.patch_bias)
+        self.class_token = torch.nn.Parameter(torch.empty(1, 1, h)) if shape.class_token else None
+        self.position_embeddings = torch.nn.Embedding(vision.num_positions, h)
+        self.ln_pre = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if shape.pre_norm else None
+        self.ln_post = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if vision.has_final_norm else None
         spec = get_vit_layer_with_local_spec()
         spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the stock spec says causal
         self.decoder = TransformerBlock(
@@ -93,7 +103,14 @@ class VisionEncoder(MegatronModule):
         std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
         x = (pixels.float() - mean) / std
         x = self.conv1(x.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [n, grid², h]
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        x = self.ln_pre(x + self.position_embeddings.weight)
-        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [1 + grid², n, h]
-        return x[1:].transpose(0, 1).contiguous()
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.position_embeddings.weight
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
+        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [num_positions, n, h]
+        if self.class_token is not None:
+            x = x[1:]
+        if self.ln_post is not None:
+            x = self.ln_post(x)
+        return x.transpose(0, 1).contiguous()
