@@ -169,11 +169,21 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Chunks of layers a rank, dealt in turn (interleaved 1F1B): a shorter pipeline bubble for more messages.
+    virtual_pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # of the experts' matrices; None: tensor_model_parallel_size
+    # Encoder split over the tensor-parallel group like the decoder, instead of whole on each rank with a share of the
+    # images: less memory, more messages.
+    vision_tensor_parallel: bool = False
     sequence_parallel: bool = False
     distributed_optimizer: bool = True  # optimizer state and fp32 masters sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     first_pipeline_stage_layers: int | None = None  # decoder layers beside encoder and connector; None: an even split
+
+    @property
+    def expert_tp(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)

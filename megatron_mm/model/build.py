@@ -1,4 +1,6 @@
-"""A rank's part of the model, ready to train: built, placed, initialised, marked."""
+"""A rank's part of the model, ready to train: built, placed, initialised, marked, frozen."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,13 +16,29 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 
-def build_model(config: RunConfig) -> MultimodalModel:
-    """This rank's stage with its initial weights, on this rank's device. Groups must exist."""
-    model = MultimodalModel(config, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage())
-    model.to(device())
-    initialize_weights(model, config)
-    _mark_tensor_parallel(model)
-    return model
+def build_model(config: RunConfig) -> list[MultimodalModel]:
+    """This rank's virtual stages (one, without virtual pipeline parallelism) with their initial weights, on this rank's
+    device. Groups must exist."""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for chunk in range(virtual):
+        stage = {"ignore_virtual": False, "vp_stage": chunk} if virtual > 1 else {}
+        first, last = mpu.is_pipeline_first_stage(**stage), mpu.is_pipeline_last_stage(**stage)
+        model = MultimodalModel(config, first, last, chunk if virtual > 1 else None)
+        model.to(device())
+        initialize_weights(model, config)
+        _mark_tensor_parallel(model)
+        _freeze(model, config.training.frozen)
+        chunks.append(model)
+    return chunks
+
+
+def _freeze(model: MultimodalModel, frozen: Sequence[str]) -> None:
+    parts = {"vision": model.vision, "connector": model.connector, "decoder": model.language_model}
+    for name in frozen:
+        part = parts[name]
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def _mark_tensor_parallel(model: MultimodalModel) -> None:

@@ -57,9 +57,14 @@ def transformer_config(config: RunConfig) -> "TransformerConfig":
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         expert_model_parallel_size=p.expert_model_parallel_size,
+        expert_tensor_parallel_size=p.expert_tp,
         sequence_parallel=p.sequence_parallel,
         **_NO_FUSIONS,
     )
+    if p.virtual_pipeline_model_parallel_size > 1:
+        options["virtual_pipeline_model_parallel_size"] = p.virtual_pipeline_model_parallel_size
+        # With two stages the batched form gives wrong gradients, silently.
+        options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if p.first_pipeline_stage_layers is not None:
         options["num_layers_in_first_pipeline_stage"] = p.first_pipeline_stage_layers
     if config.training.recompute:
@@ -84,14 +89,19 @@ def moe_layer_pattern(num_layers: int, layer_freq: int) -> list[int]:
 
 
 def build_decoder(
-    config: RunConfig, transformer: "TransformerConfig", pre_process: bool, post_process: bool
+    config: RunConfig, transformer: "TransformerConfig", pre_process: bool, post_process: bool, chunk: int | None
 ) -> "GPTModel":
-    """This rank's part of the decoder. Embeddings come in merged, so the scatter for sequence parallelism is ours."""
+    """This rank's part of the decoder, or virtual stage `chunk` of it.
+
+    Embeddings come in merged, so the scatter for sequence parallelism is ours.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     d = config.model.decoder
-    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(
+        transformer, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk
+    )
     return GPTModel(
         transformer,
         spec,
@@ -104,4 +114,5 @@ def build_decoder(
         position_embedding_type="rope",
         rotary_base=d.rotary_base,  # annotated int; used as a float
         scatter_embedding_sequence_parallel=False,
+        vp_stage=chunk,
     )

@@ -56,13 +56,13 @@ class _GatherImages(torch.autograd.Function):
 
 
 class MultimodalModel(MegatronModule):
-    """This rank's pipeline stage of the model.
+    """This rank's pipeline stage of the model, or one of its virtual stages.
 
     `forward` takes a `Microbatch` on this rank's device. Returns the loss of each position, fp32 [b, s], on the last
     stage (the logits [b, s, vocab/tp] with `return_logits`), and the hidden states [s, b, h] on the others.
     """
 
-    def __init__(self, config: RunConfig, pre_process: bool, post_process: bool) -> None:
+    def __init__(self, config: RunConfig, pre_process: bool, post_process: bool, chunk: int | None = None) -> None:
         self.transformer = transformer_config(config)
         super().__init__(config=self.transformer)
         v, c, d = config.model.vision, config.model.connector, config.model.decoder
@@ -71,13 +71,14 @@ class MultimodalModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.image_size = v.image_size
+        self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group
         self.vision: VisionEncoder | None = None
         self.connector: Connector | None = None
         if pre_process:
-            self.vision = VisionEncoder(v, self.transformer)
+            self.vision = VisionEncoder(v, self.transformer, config.parallel.vision_tensor_parallel)
             self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
-        self.language_model = build_decoder(config, self.transformer, pre_process, post_process)
+        self.language_model = build_decoder(config, self.transformer, pre_process, post_process, chunk)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         self.language_model.set_input_tensor(input_tensor)
@@ -86,22 +87,26 @@ class MultimodalModel(MegatronModule):
         return None
 
     def replicated_parameters(self) -> list[torch.nn.Parameter]:
-        """Encoder's and connector's: whole on every tensor-parallel rank, each with a part of the gradient."""
+        """Encoder's and connector's where images are dealt: whole on every tensor-parallel rank, with a part of the
+        gradient on each. (An encoder split over the group sees all images on each rank: its gradients are complete.)"""
+        if not self.images_dealt:
+            return []
         modules = [m for m in (self.vision, self.connector) if m is not None]
-        return [p for module in modules for p in module.parameters()]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def encode_images(self, images: Tensor, num_images: int) -> Tensor:
         """This rank's share, uint8 [c, 3, H, W] or fewer → all embeddings, [num_images, tokens, hidden]."""
         assert self.vision is not None
         assert self.connector is not None
         group = mpu.get_tensor_model_parallel_group()
-        share = max(1, -(-num_images // group.size()))
+        sharers = group.size() if self.images_dealt else 1
+        share = max(1, -(-num_images // sharers))
         missing = share - len(images)
         if missing:
             blank = images.new_zeros((missing, 3, self.image_size, self.image_size))
             images = torch.cat([images, blank])
         embeddings = self.connector(self.vision(images))
-        if group.size() > 1:
+        if sharers > 1:
             embeddings = _GatherImages.apply(embeddings, group)
         return embeddings[:num_images]
 

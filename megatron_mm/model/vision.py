@@ -3,8 +3,9 @@
     pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ (class token) ─ + positions ─ (norm) ─ block ─ (norm) ─ features
 
 Megatron-Core's own CLIPViTModel fixes the resolution and returns what LLaVA needs; this one is the same network with
-what MM1 needs, and its parameters keep Megatron's names. It is not tensor-parallel: each tensor-parallel rank encodes
-its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is exchanged.
+what MM1 needs, and its parameters keep Megatron's names. By default it is not tensor-parallel: each rank of the group
+encodes its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is
+exchanged.
 """
 
 import copy
@@ -43,8 +44,10 @@ _ACTIVATIONS = {
 }
 
 
-def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig") -> "TransformerConfig":
-    """The decoder's configuration with the encoder's shape, and none of the decoder's parallelism or experts."""
+def vision_transformer_config(
+    vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool
+) -> "TransformerConfig":
+    """The decoder's configuration with the encoder's shape, and none of its experts or of its other parallelism."""
     config = copy.deepcopy(decoder)
     config.num_layers = vision.built_layers
     config.hidden_size = vision.hidden_size
@@ -57,7 +60,10 @@ def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig"
     config.gated_linear_unit = False
     config.activation_func = _ACTIVATIONS[vision.activation]
     config.add_bias_linear = True
-    config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.expert_model_parallel_size = 1
+    if not tensor_parallel:
+        config.tensor_model_parallel_size = 1
+    config.pipeline_model_parallel_size = config.expert_model_parallel_size = config.expert_tensor_parallel_size = 1
+    config.virtual_pipeline_model_parallel_size = None
     config.sequence_parallel = False
     config.num_layers_in_first_pipeline_stage = None
     config.num_moe_experts = None
@@ -65,21 +71,26 @@ def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig"
     return config
 
 
-def _single_rank_groups() -> ProcessGroupCollection:
-    """Process groups for layers that are whole on every rank. Context parallelism is never more than 1 here, so its
-    group holds this rank alone and serves as a group of one without a new communicator."""
+def _groups(tensor_parallel: bool) -> ProcessGroupCollection:
+    """Process groups for layers that lie on one stage, and whole on every rank unless tensor-parallel.
+
+    Context parallelism is never more than 1 here, so its group holds this rank alone and serves as a group of one
+    without a new communicator.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     alone = mpu.get_context_parallel_group()
     assert alone.size() == 1
-    groups.tp = groups.pp = groups.cp = alone
+    groups.pp = groups.cp = alone
+    if not tensor_parallel:
+        groups.tp = alone
     return groups
 
 
 class VisionEncoder(MegatronModule):
     """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped)."""
 
-    def __init__(self, vision: VisionConfig, decoder: "TransformerConfig") -> None:
-        config = vision_transformer_config(vision, decoder)
+    def __init__(self, vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool = False) -> None:
+        config = vision_transformer_config(vision, decoder, tensor_parallel)
         super().__init__(config=config)
         h, patch, shape = vision.hidden_size, vision.patch_size, vision.shape
         self.conv1 = torch.nn.Conv2d(3, h, patch, stride=patch, bias=shape.patch_bias)
@@ -90,7 +101,7 @@ class VisionEncoder(MegatronModule):
         spec = get_vit_layer_with_local_spec()
         spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the stock spec says causal
         self.decoder = TransformerBlock(
-            config, spec, pre_process=True, post_process=False, pg_collection=_single_rank_groups()
+            config, spec, pre_process=True, post_process=False, pg_collection=_groups(tensor_parallel)
         )
         # Not buffers: those would follow the module into bf16.
         self.mean = [255 * m for m in vision.image_mean]

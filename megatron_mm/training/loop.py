@@ -106,7 +106,7 @@ def _write_config(config: RunConfig) -> None:
 def _summary(config: RunConfig, topology: Topology, trainer: Trainer) -> str:
     p = config.parallel
     lr, connector_lr = peak_learning_rates(config)
-    local = sum(q.numel() for q in trainer.model.parameters())
+    local = sum(q.numel() for chunk in trainer.chunks for q in chunk.parameters())
     where = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a rank"
     )

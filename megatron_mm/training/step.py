@@ -11,7 +11,7 @@ well, which image positions would inflate; here they keep their plain mean over 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_mm.config import RunConfig, SequenceLayout
 from megatron_mm.model.build import build_model
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.model.sharding import Piece, pieces
 from megatron_mm.parallel.backend import device
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.optimizer import build_optimizer, set_learning_rate
@@ -57,11 +58,8 @@ class Trainer:
         from megatron.core.transformer.module import Float16Module
 
         self.config, self.topology, self.layout, self.num_sources = config, topology, layout, num_sources
-        self.model: MultimodalModel = build_model(config)
-        self.transformer = self.model.transformer
-        wrapped: Any = self.model
-        if config.training.precision == "bf16":
-            wrapped = Float16Module(self.transformer, wrapped)
+        self.chunks: list[MultimodalModel] = build_model(config)
+        self.transformer = self.chunks[0].transformer
         p = config.parallel
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -70,12 +68,25 @@ class Trainer:
             average_in_collective=False,
             check_for_nan_in_grad=True,
         )
-        self.wrapped = DistributedDataParallel(self.transformer, ddp, wrapped)
-        self.optimizer = build_optimizer(config, [self.wrapped])
-        self.transformer.grad_scale_func = self.optimizer.scale_loss
-        self.transformer.finalize_model_grads_func = self._finalize_gradients
-        if p.overlap_grad_reduce:
-            self.transformer.no_sync_func = self.wrapped.no_sync
+        self.wrapped: list[Any] = []
+        for number, chunk in enumerate(self.chunks):
+            module: Any = chunk
+            if config.training.precision == "bf16":
+                module = Float16Module(self.transformer, module)
+            # Later chunks are small and reduced in one piece, as in Megatron-LM.
+            self.wrapped.append(DistributedDataParallel(chunk.transformer, ddp, module, disable_bucketing=number > 0))
+        self.optimizer = build_optimizer(config, self.wrapped)
+        for chunk in self.chunks:
+            chunk.transformer.grad_scale_func = self.optimizer.scale_loss
+            chunk.transformer.finalize_model_grads_func = self._finalize_gradients
+            if p.overlap_grad_reduce:
+                no_sync = [wrapped.no_sync for wrapped in self.wrapped]
+                chunk.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Where this rank's parameters lie in the global model."""
+        for chunk in self.chunks:
+            yield from pieces(chunk)
 
     @property
     def microbatches_per_step(self) -> int:
@@ -92,7 +103,8 @@ class Trainer:
         finalize_model_grads(model, num_tokens, **kwargs)
         if self.topology.tp_size == 1:
             return
-        gradients: list[Tensor] = [p.main_grad for p in self.model.replicated_parameters()]  # type: ignore[attr-defined]
+        replicated = [p for chunk in self.chunks for p in chunk.replicated_parameters()]
+        gradients: list[Tensor] = [p.main_grad for p in replicated]  # type: ignore[attr-defined]
         if gradients:
             flat = torch._utils._flatten_dense_tensors(gradients)
             dist.all_reduce(flat, group=mpu.get_tensor_model_parallel_group())
@@ -121,10 +133,11 @@ class Trainer:
             batch = next(batches_left)
             return model(batch, self.layout), functools.partial(loss_of, batch)
 
+        iterators = [iter(batches) for _ in self.wrapped]  # each virtual stage goes through the same microbatches
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.wrapped],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
             num_microbatches=len(batches),
             seq_length=self.layout.seq_length,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -147,8 +160,9 @@ class Trainer:
 
     def forward_backward(self, batches: Sequence["Microbatch"]) -> StepResult:
         """Gradients of one global batch in `main_grad`, reduced over all ranks; nothing is updated."""
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
@@ -193,5 +207,6 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:
         """The loss of one global batch, without gradients."""
-        self.wrapped.eval()
+        for wrapped in self.wrapped:
+            wrapped.eval()
         return self._run(batches, forward_only=True)

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
-from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.sharding import pieces
+from megatron_mm.data.batch import Microbatch, share_of
 from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import Topology, initialize, shut_down
 from megatron_mm.training.checkpoint import flat_range_boxes
@@ -60,8 +59,7 @@ def microbatch(
     rows = [sequence(config, layout, n, counts[n]) for n in numbers]
     stacked = {k: torch.stack([r[k] for r in rows]) for k in ("tokens", "labels", "loss_mask", "documents")}
     pixels = torch.cat([r["images"] for r in rows])
-    share = max(1, -(-len(pixels) // topology.tp_size))
-    mine = pixels[topology.tp_rank * share : (topology.tp_rank + 1) * share]
+    mine = pixels[share_of(len(pixels), *(topology.image_share or (0, 1)))]
     return Microbatch(
         **stacked,
         position_ids=torch.arange(layout.seq_length).expand(len(rows), -1),
@@ -75,7 +73,7 @@ def microbatch(
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What this rank holds of the reduced gradients: its shard under the distributed optimizer, else all."""
     by_parameter: dict[int, list] = {}
-    for piece in pieces(trainer.model):
+    for piece in trainer.pieces():
         by_parameter.setdefault(id(piece.parameter), []).append(piece)
     found = {}
     for part in state_parts(trainer.optimizer):
