@@ -50,5 +50,7 @@ def _mark_tensor_parallel(model: MultimodalModel) -> None:
         held[piece.parameter] = held.get(piece.parameter, 0) + piece.numel
         whole[piece.parameter] = torch.Size(piece.global_shape[piece.leading :]).numel()
     for parameter in model.parameters():
-        parameter.tensor_model_parallel = held[parameter] < whole[parameter]
+        # Experts always count: their groups hold no tensor-parallel copies, whatever the expert tensor-parallel size.
+        expert = not getattr(parameter, "allreduce", True)
+        parameter.tensor_model_parallel = expert or held[parameter] < whole[parameter]
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
