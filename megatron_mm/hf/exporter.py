@@ -138,9 +138,9 @@ def hf_config(model: ModelConfig, tokenizer: MegatronMMTokenizer, max_positions:
     }
     vision = model.vision
     return MegatronMMConfig(
-        vision_config=_vision_config(vision, model.init_std),
+        vision_config=vision_config(vision, model.init_std),
         vision_final_norm=vision.has_final_norm,
-        text_config=_text_config(model, max_positions, ids),
+        text_config=text_config(model, max_positions, ids),
         image_token_id=tokenizer.image_token_id,
         tokens_per_image=model.connector.num_tokens,
         connector_kind=model.connector.kind,
@@ -151,7 +151,7 @@ def hf_config(model: ModelConfig, tokenizer: MegatronMMTokenizer, max_positions:
     )
 
 
-def _vision_config(vision: VisionConfig, init_std: float) -> PreTrainedConfig:
+def vision_config(vision: VisionConfig, init_std: float) -> PreTrainedConfig:
     common: dict[str, Any] = {
         "hidden_size": vision.hidden_size,
         "num_hidden_layers": vision.built_layers,
@@ -174,7 +174,7 @@ def _vision_config(vision: VisionConfig, init_std: float) -> PreTrainedConfig:
     return Dinov2Config(**common, mlp_ratio=ratio, use_mask_token=False, initializer_range=init_std)
 
 
-def _text_config(model: ModelConfig, max_positions: int, ids: dict[str, int]) -> PreTrainedConfig:
+def text_config(model: ModelConfig, max_positions: int, ids: dict[str, int]) -> PreTrainedConfig:
     d = model.decoder
     common: dict[str, Any] = dict(
         vocab_size=d.vocab_size,

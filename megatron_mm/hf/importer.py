@@ -40,7 +40,7 @@ def read_config(folder: str | Path) -> MegatronMMConfig:
 def import_hf(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each Megatron tensor, one at a time. Raises UserError for what is missing or unreadable."""
     table = rules(read_config(folder))
-    tensors = _FolderReader(Path(folder))
+    tensors = FolderReader(Path(folder))
     for rule in table:
         yield rule.megatron, rule.join([tensors[name] for name in rule.hf])
 
@@ -80,7 +80,7 @@ def _field(config: MegatronMMConfig, part: str, field: str) -> Any:
     return getattr(getattr(config, part) if part else config, field, None)
 
 
-class _FolderReader:
+class FolderReader:
     """Tensors of an exported folder by name, from one file or from several with an index."""
 
     def __init__(self, folder: Path) -> None:

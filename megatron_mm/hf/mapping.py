@@ -30,7 +30,7 @@ def rules(config: MegatronMMConfig) -> Iterator[Rule]:
     """Every tensor of a model of this configuration, in the order of the forward pass."""
     yield from vision_rules(config.vision_config, config.vision_final_norm)
     yield from _connector(config)
-    yield from _decoder(config)
+    yield from decoder_rules(config)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def _connector(config: MegatronMMConfig) -> Iterator[Rule]:
         yield _same(f"connector.{name}", f"model.connector.{name}")
 
 
-def _decoder(config: MegatronMMConfig) -> Iterator[Rule]:
+def decoder_rules(config: MegatronMMConfig) -> Iterator[Rule]:
+    """Every tensor of the decoder, under the exported model's names."""
     text = config.text_config
     yield _same("language_model.embedding.word_embeddings.weight", "model.language_model.embed_tokens.weight")
     for i in range(text.num_hidden_layers):

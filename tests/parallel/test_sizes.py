@@ -51,11 +51,11 @@ def test_parameters_are_what_the_modules_hold(configs: list[Path], tmp_path: Pat
 
 
 def hf(model: ModelConfig) -> MegatronMMForConditionalGeneration:
-    from megatron_mm.hf.exporter import _text_config, _vision_config
+    from megatron_mm.hf.exporter import text_config, vision_config
 
     config = MegatronMMConfig(
-        vision_config=_vision_config(model.vision, 0.02), vision_final_norm=model.vision.has_final_norm,
-        text_config=_text_config(model, 512, {}), tokens_per_image=model.connector.num_tokens,
+        vision_config=vision_config(model.vision, 0.02), vision_final_norm=model.vision.has_final_norm,
+        text_config=text_config(model, 512, {}), tokens_per_image=model.connector.num_tokens,
         connector_kind=model.connector.kind, connector_hidden_size=model.connector.hidden_size,
         connector_depth=model.connector.depth,
     )  # fmt: skip
