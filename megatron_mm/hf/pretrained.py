@@ -22,7 +22,8 @@ from megatron_mm.hf.importer import FolderReader
 from megatron_mm.hf.mapping import decoder_rules, vision_rules
 
 _VISION = {
-    "clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip", "dinov2": "dinov2",
+    "clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip",
+    "dinov2": "dinov2",
 }  # fmt: skip
 _DECODERS = ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral")
 _VISION_FIELDS = (
