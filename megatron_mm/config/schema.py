@@ -211,6 +211,11 @@ class TrainingConfig:
     micro_batch_size: int = 1  # sequences
     seed: int = 0  # of the weights and of the data's order
     precision: Literal["fp32", "bf16"] = "bf16"  # of compute; masters and gradients are fp32
+    # Transformer Engine's layers have fused attention over packed documents, fused norms and grouped experts; auto
+    # takes them on a GPU where they are installed.
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    # Decoder's matrix products in FP8 by this scaling recipe; None: in `precision`. The encoder stays in bf16.
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     log_interval: int = 1  # steps
     validation_interval: int = 1000  # steps; 0: never
     validation_batches: int = 8  # global batches a source

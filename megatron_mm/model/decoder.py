@@ -5,24 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_mm.config import RunConfig
+from megatron_mm.model.kernels import fusions, uses_transformer_engine
 from megatron_mm.parallel.backend import import_megatron
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-# Fusions that come with Transformer Engine or apex. The local layers do without.
-_NO_FUSIONS = {
-    "persist_layer_norm": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "moe_permute_fusion": False,
-    "cross_entropy_loss_fusion": False,
-    "moe_grouped_gemm": False,
-}
 
 
 def transformer_config(config: RunConfig) -> "TransformerConfig":
@@ -59,7 +47,7 @@ def transformer_config(config: RunConfig) -> "TransformerConfig":
         expert_model_parallel_size=p.expert_model_parallel_size,
         expert_tensor_parallel_size=p.expert_tp,
         sequence_parallel=p.sequence_parallel,
-        **_NO_FUSIONS,
+        **fusions(config),
     )
     if p.virtual_pipeline_model_parallel_size > 1:
         options["virtual_pipeline_model_parallel_size"] = p.virtual_pipeline_model_parallel_size
@@ -100,7 +88,7 @@ def build_decoder(
 
     d = config.model.decoder
     spec = get_gpt_decoder_block_spec(
-        transformer, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk
+        transformer, uses_transformer_engine(config), normalization="RMSNorm", vp_stage=chunk
     )
     return GPTModel(
         transformer,

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
+from megatron_mm.model.attention import attention_mask, document_starts, packed_documents
 from megatron_mm.model.connector import Connector, build_connector
 from megatron_mm.model.decoder import build_decoder, transformer_config
+from megatron_mm.model.kernels import uses_transformer_engine
 from megatron_mm.parallel.backend import import_megatron
 
 import_megatron()
@@ -71,11 +73,12 @@ class MultimodalModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.image_size = v.image_size
+        self.packed = uses_transformer_engine(config)  # rows laid end to end, attention told the documents' borders
         self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group
         self.vision: VisionEncoder | None = None
         self.connector: Connector | None = None
         if pre_process:
-            self.vision = VisionEncoder(v, self.transformer, config.parallel.vision_tensor_parallel)
+            self.vision = VisionEncoder(v, self.transformer, config.parallel.vision_tensor_parallel, self.packed)
             self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
         self.language_model = build_decoder(config, self.transformer, pre_process, post_process, chunk)
@@ -110,11 +113,11 @@ class MultimodalModel(MegatronModule):
             embeddings = _GatherImages.apply(embeddings, group)
         return embeddings[:num_images]
 
-    def _merge(self, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
+    def _merge(self, tokens: Tensor, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
         """Decoder input [s, b, h], or [s/tp, b, h] under sequence parallelism."""
-        embeddings = self.language_model.embedding(batch.tokens, None)  # [s, b, h]
+        embeddings = self.language_model.embedding(tokens, None)  # [s, b, h]
         images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
-        placeholders = (batch.tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
+        placeholders = (tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
         merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
         merged = merged.transpose(0, 1).contiguous()
         if self.transformer.sequence_parallel:
@@ -122,22 +125,20 @@ class MultimodalModel(MegatronModule):
         return merged
 
     def forward(self, batch: "Microbatch", layout: SequenceLayout, return_logits: bool = False) -> Tensor:
-        return self.language_model(
-            input_ids=batch.tokens,
+        b, s = batch.tokens.shape
+        tokens, labels = batch.tokens, batch.labels
+        attention: dict[str, Any] = {}
+        if self.packed:  # one row of b · s positions
+            tokens, labels = tokens.view(1, b * s), labels.view(1, b * s)
+            attention["attention_mask"] = None
+            attention["packed_seq_params"] = packed_documents(document_starts(batch.documents), s)
+        else:
+            attention["attention_mask"] = attention_mask(batch.documents)
+        output = self.language_model(
+            input_ids=tokens,
             position_ids=None,
-            attention_mask=attention_mask(batch.documents),
-            decoder_input=self._merge(batch, layout) if self.pre_process else None,
-            labels=None if return_logits else batch.labels,
+            decoder_input=self._merge(tokens, batch, layout) if self.pre_process else None,
+            labels=None if return_logits else labels,
+            **attention,
         )
-
-
-def attention_mask(documents: Tensor) -> Tensor:
-    """int [b, s] document numbers → bool [b, 1, s, s], True where attention is NOT allowed (Megatron's sense).
-
-    Causal, and within one document. RoPE is relative, so positions need not restart with a document for its
-    attention to be that of the document alone.
-    """
-    s = documents.shape[1]
-    causal = torch.ones(s, s, dtype=torch.bool, device=documents.device).tril()
-    same = documents.unsqueeze(1) == documents.unsqueeze(2)
-    return ~(same & causal).unsqueeze(1)
+        return output.view(b, s, *output.shape[2:]) if self.packed and self.post_process else output

@@ -21,7 +21,10 @@ from megatron_mm.parallel.backend import import_megatron
 import_megatron()
 
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec  # noqa: E402
+from megatron.core.models.vision.vit_layer_specs import (  # noqa: E402
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
@@ -68,6 +71,10 @@ def vision_transformer_config(
     config.num_layers_in_first_pipeline_stage = None
     config.num_moe_experts = None
     config.moe_layer_freq = 1
+    config.moe_grouped_gemm = False
+    config.fp8 = None  # an image's tokens, 729 or 730, are no whole tiles
+    config.apply_rope_fusion = False
+    config.bias_activation_fusion = False  # the fused one is the tanh form of GELU, whatever was asked for
     return config
 
 
@@ -89,7 +96,13 @@ def _groups(tensor_parallel: bool) -> ProcessGroupCollection:
 class VisionEncoder(MegatronModule):
     """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped)."""
 
-    def __init__(self, vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool = False) -> None:
+    def __init__(
+        self,
+        vision: VisionConfig,
+        decoder: "TransformerConfig",
+        tensor_parallel: bool = False,
+        transformer_engine: bool = False,
+    ) -> None:
         config = vision_transformer_config(vision, decoder, tensor_parallel)
         super().__init__(config=config)
         h, patch, shape = vision.hidden_size, vision.patch_size, vision.shape
@@ -98,7 +111,7 @@ class VisionEncoder(MegatronModule):
         self.position_embeddings = torch.nn.Embedding(vision.num_positions, h)
         self.ln_pre = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if shape.pre_norm else None
         self.ln_post = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if vision.has_final_norm else None
-        spec = get_vit_layer_with_local_spec()
+        spec = get_vit_layer_with_transformer_engine_spec() if transformer_engine else get_vit_layer_with_local_spec()
         spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the stock spec says causal
         self.decoder = TransformerBlock(
             config, spec, pre_process=True, post_process=False, pg_collection=_groups(tensor_parallel)

@@ -133,14 +133,15 @@ class Trainer:
             batch = next(batches_left)
             return model(batch, self.layout), functools.partial(loss_of, batch)
 
+        micro = self.config.training.micro_batch_size
         iterators = [iter(batches) for _ in self.wrapped]  # each virtual stage goes through the same microbatches
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.wrapped,
             num_microbatches=len(batches),
-            seq_length=self.layout.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
+            seq_length=self.layout.seq_length * (micro if self.chunks[0].packed else 1),
+            micro_batch_size=1 if self.chunks[0].packed else micro,
             forward_only=forward_only,
         )
         # One sum over the world tells every rank: the last stage's first tensor-parallel ranks hold the losses.

@@ -1,6 +1,9 @@
 """One rank of a layout test: loss and gradients of one step on synthetic batches, written to safetensors.
 
-    python tests/parallel/one_step.py CONFIG.yaml OUT_DIR
+    python tests/parallel/one_step.py CONFIG.yaml OUT_DIR [--packed]
+
+--packed runs the form that Transformer Engine's attention takes (rows end to end, told the documents' borders) through
+the local layers: a mask stands for the borders.
 
 For each variant (images on all, on some, on no ranks) rank r writes OUT_DIR/VARIANT.r.safetensors, with this rank's
 boxes of the gradients keyed NAME@OFFSET, and rank 0 writes OUT_DIR/VARIANT.json with the loss and the gradient norm.
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
 from megatron_mm.data.batch import Microbatch, share_of
+from megatron_mm.model.attention import attention_mask
 from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import Topology, initialize, shut_down
 from megatron_mm.training.checkpoint import flat_range_boxes
@@ -87,11 +91,21 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
+def borders_as_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    starts = kwargs.pop("packed_seq_params").cu_seqlens_q
+    numbers = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    return args, {**kwargs, "attention_mask": attention_mask(numbers.unsqueeze(0))}
+
+
 def main() -> None:
     config, out = load_config(sys.argv[1]), Path(sys.argv[2])
     topology = initialize(config, launch())
     layout = layout_of(config)
     trainer = Trainer(config, topology, layout, SOURCES)
+    if "--packed" in sys.argv:
+        for chunk in trainer.chunks:
+            chunk.packed = True
+            chunk.language_model.register_forward_pre_hook(borders_as_mask, with_kwargs=True)
     size = config.training.micro_batch_size
     for variant, counts in VARIANTS.items():
         bins = [list(range(i, i + size)) for i in range(0, config.training.global_batch_size, size)]

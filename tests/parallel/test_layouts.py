@@ -32,6 +32,7 @@ class Layout:
     moe: bool = False
     even_heads: bool = False  # the encoder's 3 heads of 16 become 4 of 12, to be cut in two
     training: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False  # rows end to end, as Transformer Engine's attention takes them
 
 
 LAYOUTS = {
@@ -51,6 +52,8 @@ LAYOUTS = {
     "ep4-expert-tp1-tp2-sp": Layout(
         4, {**TP2_SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}, 5e-6, moe=True
     ),
+    "packed-tp2-sp": Layout(2, TP2_SP, 5e-6, packed=True),
+    "packed-pp2-virtual": Layout(2, VPP2, 5e-6, packed=True),
     "vision-tp2": Layout(2, {**TP2, **VISION_TP}, 5e-6, even_heads=True),
     "vision-tp2-sp-pp2": Layout(4, {**TP2_SP, **PP2, **VISION_TP}, 5e-6, even_heads=True),
     "frozen-encoder-tp2": Layout(2, TP2, 5e-6, training={"frozen": ["vision"]}),
@@ -71,7 +74,8 @@ def run(out: Path, layout: Layout) -> Path:
     vision = {"num_attention_heads": 4} if layout.even_heads else None
     write_config(out / "config.yaml", out, layout.parallel, layout.moe, vision, **layout.training)
     script = str(ROOT / "tests/parallel/one_step.py")
-    run_ranks(layout.ranks, [script, str(out / "config.yaml"), str(out)], out / "logs")
+    packed = ["--packed"] if layout.packed else []
+    run_ranks(layout.ranks, [script, str(out / "config.yaml"), str(out), *packed], out / "logs")
     return out
 
 

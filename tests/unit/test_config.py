@@ -161,7 +161,7 @@ BAD = [
     (
         [MOE, f"{TP}=2", "parallel.sequence_parallel=true", "model.decoder.moe.ffn_hidden_size=33"],
         "model.decoder.moe.ffn_hidden_size",
-        TP,
+        "parallel.expert_tensor_parallel_size",
     ),
     # data and batch
     (["data.sources=[]"], "data.sources", "nothing to train on"),
