@@ -37,6 +37,14 @@ def read_config(folder: str | Path) -> MegatronMMConfig:
     return MegatronMMConfig.from_dict(data)
 
 
+def is_export(folder: str | Path) -> bool:
+    """Whether the folder holds a whole model of this stack, as the exporter writes it."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == MegatronMMConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def import_hf(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each Megatron tensor, one at a time. Raises UserError for what is missing or unreadable."""
     table = rules(read_config(folder))

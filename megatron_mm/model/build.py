@@ -16,20 +16,27 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 
-def build_model(config: RunConfig) -> list[MultimodalModel]:
-    """This rank's virtual stages (one, without virtual pipeline parallelism) with their initial weights, on this rank's
-    device. Groups must exist."""
+def build_chunks(config: RunConfig) -> list[MultimodalModel]:
+    """This rank's virtual stages (one, without virtual pipeline parallelism), frozen as asked, their weights not drawn
+    yet. Groups must exist."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for chunk in range(virtual):
         stage = {"ignore_virtual": False, "vp_stage": chunk} if virtual > 1 else {}
         first, last = mpu.is_pipeline_first_stage(**stage), mpu.is_pipeline_last_stage(**stage)
         model = MultimodalModel(config, first, last, chunk if virtual > 1 else None)
+        _freeze(model, config.training.frozen)
+        chunks.append(model)
+    return chunks
+
+
+def build_model(config: RunConfig) -> list[MultimodalModel]:
+    """The same with their initial weights, on this rank's device."""
+    chunks = build_chunks(config)
+    for model in chunks:
         model.to(device())
         initialize_weights(model, config)
         _mark_tensor_parallel(model)
-        _freeze(model, config.training.frozen)
-        chunks.append(model)
     return chunks
 
 

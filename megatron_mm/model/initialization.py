@@ -6,7 +6,6 @@ Matrices are normal with `init_std`; those that write into the residual stream (
 The connector draws its own (`Connector.reset_parameters`).
 """
 
-import hashlib
 import math
 
 import torch
@@ -14,11 +13,8 @@ import torch
 from megatron_mm.config import RunConfig
 from megatron_mm.model.connector import build_connector
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.model.seeding import normal, seed_of
 from megatron_mm.model.sharding import Piece, pieces
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
 def _std(config: RunConfig, name: str) -> float:
@@ -34,8 +30,7 @@ def _draw(piece: Piece, config: RunConfig, out: torch.Tensor) -> None:
     name = piece.name
     for index in piece.offset[: piece.leading]:
         name += f"#{index}"
-    generator = torch.Generator().manual_seed(_seed(config.training.seed, name))
-    whole = torch.empty(piece.global_shape[piece.leading :]).normal_(0, _std(config, piece.name), generator=generator)
+    whole = normal(config.training.seed, name, tuple(piece.global_shape[piece.leading :]), _std(config, piece.name))
     box = tuple(
         slice(o, o + n) for o, n in zip(piece.offset[piece.leading :], piece.shape[piece.leading :], strict=True)
     )
@@ -57,7 +52,7 @@ def initialize_weights(model: MultimodalModel, config: RunConfig) -> None:
             _draw(piece, config, target)
     if model.connector is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(config.training.seed, "connector"))
+            torch.manual_seed(seed_of(config.training.seed, "connector"))
             drawn = build_connector(
                 config.model.connector, config.model.vision.hidden_size, config.model.vision.grid,
                 config.model.decoder.hidden_size, config.model.init_std,

@@ -50,36 +50,42 @@ class StepResult:
         return sum(self.source_tokens)
 
 
+def wrap(config: RunConfig, chunks: Sequence[MultimodalModel]) -> list[Any]:
+    """A rank's virtual stages in Megatron-Core's data-parallel wrapper, which holds parameters and gradients in common
+    buffers."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        average_in_collective=False,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        module: Any = chunk
+        if config.training.precision == "bf16":
+            module = Float16Module(chunk.transformer, module)
+        # Later chunks are small and reduced in one piece, as in Megatron-LM.
+        wrapped.append(DistributedDataParallel(chunk.transformer, ddp, module, disable_bucketing=number > 0))
+    return wrapped
+
+
 class Trainer:
     """The model wrapped for data parallelism, its optimizer, and the steps over them."""
 
     def __init__(self, config: RunConfig, topology: Topology, layout: SequenceLayout, num_sources: int) -> None:
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-        from megatron.core.transformer.module import Float16Module
-
         self.config, self.topology, self.layout, self.num_sources = config, topology, layout, num_sources
         self.chunks: list[MultimodalModel] = build_model(config)
         self.transformer = self.chunks[0].transformer
-        p = config.parallel
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=p.overlap_grad_reduce,
-            use_distributed_optimizer=p.distributed_optimizer,
-            average_in_collective=False,
-            check_for_nan_in_grad=True,
-        )
-        self.wrapped: list[Any] = []
-        for number, chunk in enumerate(self.chunks):
-            module: Any = chunk
-            if config.training.precision == "bf16":
-                module = Float16Module(self.transformer, module)
-            # Later chunks are small and reduced in one piece, as in Megatron-LM.
-            self.wrapped.append(DistributedDataParallel(chunk.transformer, ddp, module, disable_bucketing=number > 0))
+        self.wrapped = wrap(config, self.chunks)
         self.optimizer = build_optimizer(config, self.wrapped)
         for chunk in self.chunks:
             chunk.transformer.grad_scale_func = self.optimizer.scale_loss
             chunk.transformer.finalize_model_grads_func = self._finalize_gradients
-            if p.overlap_grad_reduce:
+            if config.parallel.overlap_grad_reduce:
                 no_sync = [wrapped.no_sync for wrapped in self.wrapped]
                 chunk.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
