@@ -83,7 +83,7 @@ def main() -> None:
     sparse.add_argument(
         "--optimizer",
         action="store_true",
-        help="carry step and optimizer state too: name the output RUN_DIR/checkpoints/step-NNNNNNNN, and the run goes on",
+        help="carry step and optimizer state: written to RUN_DIR/checkpoints/step-NNNNNNNN, the run goes on from it",
     )
     sparse.set_defaults(action=upcycle)
     args = parser.parse_args()
