@@ -25,6 +25,7 @@ from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.sharding import Piece, pieces
 from megatron_mm.parallel.backend import device
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.parallel.versions import take_router_losses
 from megatron_mm.training.optimizer import build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class StepResult:
     source_tokens: list[int]  # text tokens that carry loss, by source
     positions: int  # of the sequences, padding included
     images: int
+    padding: float = 0.0  # share of the positions that hold nothing
+    image_imbalance: float = 1.0  # images of the slowest data-parallel rank over the mean, microbatch by microbatch
     grad_norm: float = 0.0  # before clipping
     learning_rate: float = 0.0
     expert_losses: dict[str, float] = field(default_factory=dict)  # load balance and z, means over MoE layers
@@ -155,14 +158,22 @@ class Trainer:
             totals.zero_()
         dist.all_reduce(totals)
         loss, tokens = totals.tolist()
-        images = torch.tensor(sum(b.num_images for b in batches), device=device())
-        dist.all_reduce(images, group=mpu.get_data_parallel_group())
+        # Data-parallel ranks go through their microbatches side by side: who has most images at a time sets the pace.
+        images = torch.tensor([b.num_images for b in batches], device=device())
+        most = images.clone()
+        padding = torch.stack([(b.documents < 0).sum() for b in batches]).sum()
+        counts = torch.cat([images, padding.view(1)])
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
+        total, positions = int(counts[:-1].sum()), len(batches) * self.topology.dp_size * batches[0].tokens.numel()
         return StepResult(
             loss=sum(loss) / max(1.0, sum(tokens)),
             source_losses=[s / max(1.0, n) for s, n in zip(loss, tokens, strict=True)],
             source_tokens=[round(n) for n in tokens],
-            positions=len(batches) * self.topology.dp_size * batches[0].tokens.numel(),
-            images=int(images.item()),
+            positions=positions,
+            images=total,
+            padding=int(counts[-1]) / positions,
+            image_imbalance=int(most.sum()) * self.topology.dp_size / total if total else 1.0,
         )
 
     def forward_backward(self, batches: Sequence["Microbatch"]) -> StepResult:
@@ -186,30 +197,20 @@ class Trainer:
         )
 
     def _expert_losses(self, microbatches: int) -> dict[str, float]:
-        """Megatron-Core's record of the routers' auxiliary losses in this step, without their coefficients.
-
-        Its record of the z-loss is each rank's own, so the mean over tensor- and data-parallel ranks is taken here.
-        """
-        moe = self.config.model.decoder.moe
-        if moe is None:
+        """The routers' auxiliary losses in this step, without their coefficients: means over layers with experts."""
+        if self.config.model.decoder.moe is None:
             return {}
-        from megatron.core import parallel_state as mpu
-        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
-
-        totals: dict[str, Tensor] = {}
-        track_moe_metrics(
-            loss_scale=1 / microbatches,
-            iteration=0,
-            total_loss_dict=totals,
-            force_initialize=True,
-            track_names=["load_balancing_loss", "z_loss"],
-            num_layers=self.transformer.num_layers,
-            moe_layer_freq=self.transformer.moe_layer_freq,
-        )
-        group = mpu.get_tensor_and_data_parallel_group()
-        values = torch.stack([value.float() for value in totals.values()])
-        dist.all_reduce(values, group=group)
-        return {f"moe/{name}": value / group.size() for name, value in zip(totals, values.tolist(), strict=True)}
+        own = take_router_losses()
+        # A rank records its share of its tensor-parallel group's load balance, and the mean z loss of its own tokens.
+        dp, tp = self.topology.dp_size, self.topology.tp_size
+        averaged = {"load_balancing_loss": dp, "z_loss": dp * tp}
+        totals = torch.zeros(len(averaged), dtype=torch.float64, device=device())
+        for i, (name, ranks) in enumerate(averaged.items()):
+            if name in own:  # not on a stage without experts
+                totals[i] = own[name].sum() / (ranks * microbatches)
+        dist.all_reduce(totals)
+        layers = sum(self.transformer.moe_layer_freq)
+        return {f"moe/{name}": total / layers for name, total in zip(averaged, totals.tolist(), strict=True)}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:

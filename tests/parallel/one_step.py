@@ -113,6 +113,7 @@ def main() -> None:
         result = trainer.forward_backward([microbatch(config, layout, counts, b, topology) for b in mine])
         save_file(gradients(trainer), out / f"{variant}.{topology.rank}.safetensors")
         record = {"loss": result.loss, "source_losses": result.source_losses, "images": result.images}
+        record |= {"padding": result.padding, "image_imbalance": result.image_imbalance}
         trainer.optimizer.prepare_grads()
         record["grad_norm"] = float(trainer.optimizer.get_grad_norm())
         if topology.rank == 0:

@@ -111,6 +111,15 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, bool], P
     return made
 
 
+def imbalance(counts: list[int], layout: Layout) -> float:
+    """Of 4 microbatches of 2 sequences, dealt in turn to the data-parallel ranks."""
+    p = layout.parallel
+    dp = layout.ranks // (p.get("tensor_model_parallel_size", 1) * p.get("pipeline_model_parallel_size", 1))
+    bins = [sum(counts[i : i + 2]) for i in range(0, 8, 2)]
+    most = sum(max(bins[i : i + dp]) for i in range(0, 4, dp))
+    return most * dp / sum(counts) if sum(counts) else 1.0
+
+
 PARTS = {"vision": "vision.", "connector": "connector.", "decoder": "language_model."}
 
 
@@ -128,6 +137,8 @@ def test_gradients_equal_one_ranks(name: str, single: Callable[[bool, bool], Pat
         assert record["loss"] == pytest.approx(reference["loss"], rel=close)
         assert record["source_losses"] == pytest.approx(reference["source_losses"], rel=close)
         assert record["images"] == reference["images"] == sum(VARIANTS[variant])
+        assert record["padding"] == sum(number % 8 for number in range(8)) / (8 * 48)
+        assert record["image_imbalance"] == imbalance(VARIANTS[variant], layout)
         norm = sum(g.square().sum().item() for g in expected.values()) ** 0.5
         assert record["grad_norm"] == pytest.approx(norm, rel=10 * close, abs=1e-12)
         worst = {
