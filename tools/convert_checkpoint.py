@@ -1,17 +1,21 @@
-"""Checkpoints to and from Hugging Face folders.
+"""Checkpoints to and from Hugging Face folders, and dense ones into ones with experts.
 
     python tools/convert_checkpoint.py to-hf   --checkpoint runs/x --output exported
-    python tools/convert_checkpoint.py from-hf --model exported --config run.yaml --output init/step-00000000
+    python tools/convert_checkpoint.py from-hf --model exported --config run.yaml --output init/model
+    python tools/convert_checkpoint.py upcycle --checkpoint runs/x --config moe.yaml --output init/moe
 
 `to-hf` takes a checkpoint's folder, or a run's folder and its newest checkpoint. `from-hf` writes a checkpoint at
-step 0, without optimizer state, for a run whose config describes the same model.
+step 0, without optimizer state, for a run whose config describes the same model: from a folder that `to-hf` made, or
+from open weights of an encoder (CLIP, SigLIP, DINOv2, at any resolution) or of a decoder (Llama, Mistral, Qwen3,
+Qwen3-MoE, Mixtral). `upcycle` copies each FFN of a dense checkpoint into all experts of its layer. Runs start from such
+checkpoints by `checkpoint.init_from`; several may be named, an encoder's and a decoder's for instance.
 """
 
 import argparse
 from pathlib import Path
 
 from megatron_mm.config import load_config
-from megatron_mm.errors import run_cli
+from megatron_mm.errors import UserError, run_cli
 
 
 def to_hf(args: argparse.Namespace) -> None:
@@ -23,13 +27,40 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def from_hf(args: argparse.Namespace) -> None:
     from megatron_mm.data.tokenizer import find_tokenizer
-    from megatron_mm.hf.importer import check_same_model, import_hf
+    from megatron_mm.hf.importer import check_same_model, import_hf, is_export
+    from megatron_mm.hf.pretrained import import_pretrained
     from megatron_mm.training.checkpoint_files import write_tensors
 
     config = load_config(args.config)
+    if not is_export(args.model):
+        write_tensors(args.output, config, import_pretrained(args.model, config.model), {"samples": 0})
+        print(f"{args.model} → {args.output}")
+        return
     check_same_model(args.model, config)
     write_tensors(args.output, config, import_hf(args.model), {"samples": 0}, find_tokenizer(args.model))
     print(f"{args.model} → {args.output}")
+
+
+def upcycle(args: argparse.Namespace) -> None:
+    from megatron_mm.hf.exporter import find_checkpoint
+    from megatron_mm.training.checkpoint_files import CheckpointReader, write_tensors
+    from megatron_mm.training.upcycling import check_upcycling
+    from megatron_mm.training.upcycling import upcycle as experts_of
+
+    if args.noise < 0:
+        raise UserError("out of range", where="--noise", found=args.noise, allowed="0 or more")
+    checkpoint = find_checkpoint(args.checkpoint)
+    reader, config = CheckpointReader(checkpoint), load_config(args.config)
+    check_upcycling(reader.config, config)
+    write_tensors(
+        args.output,
+        config,
+        experts_of(reader, config, args.noise, args.optimizer),
+        reader.extra,
+        tokenizer=checkpoint / reader.extra["tokenizer"] if "tokenizer" in reader.extra else None,
+        step=reader.step if args.optimizer else 0,
+    )
+    print(f"{checkpoint} → {args.output}")
 
 
 def main() -> None:
@@ -40,10 +71,21 @@ def main() -> None:
     export.add_argument("--output", type=Path, required=True, help="folder to make")
     export.set_defaults(action=to_hf)
     import_ = commands.add_parser("from-hf", help="Hugging Face folder → checkpoint")
-    import_.add_argument("--model", type=Path, required=True, help="a folder that to-hf made")
+    import_.add_argument("--model", type=Path, required=True, help="a folder that to-hf made, or open weights")
     import_.add_argument("--config", type=Path, required=True, help="the YAML of the run that will start from it")
     import_.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
     import_.set_defaults(action=from_hf)
+    sparse = commands.add_parser("upcycle", help="dense checkpoint → checkpoint with experts")
+    sparse.add_argument("--checkpoint", type=Path, required=True, help="a dense checkpoint's folder, or a run's")
+    sparse.add_argument("--config", type=Path, required=True, help="the YAML of the run with experts")
+    sparse.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    sparse.add_argument("--noise", type=float, default=0.0, help="in each copy, as a share of its spread (default 0)")
+    sparse.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="carry step and optimizer state: written to RUN_DIR/checkpoints/step-NNNNNNNN, the run goes on from it",
+    )
+    sparse.set_defaults(action=upcycle)
     args = parser.parse_args()
     args.action(args)
 

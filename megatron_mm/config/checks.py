@@ -1,10 +1,11 @@
 """What must hold between the fields of a run, and between a run and the number of its ranks."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
-from megatron_mm.config.schema import RunConfig, source_name
+from megatron_mm.config.schema import ConnectorConfig, RunConfig, source_name
 from megatron_mm.errors import UserError
 
 
@@ -18,6 +19,8 @@ def _positive(config: Any, prefix: str, zero_allowed: frozenset[str]) -> None:
                 if dataclasses.is_dataclass(item):
                     _positive(item, f"{name}.{i}.", zero_allowed)
         elif isinstance(value, int | float) and not isinstance(value, bool):
+            if name == "model.vision.feature_layer":
+                continue  # counts from the end
             least_ok = value >= 0 if name in zero_allowed else value > 0
             if not least_ok or value != value or value == float("inf"):
                 bound = "0 or more" if name in zero_allowed else "more than 0"
@@ -40,25 +43,66 @@ def _multiple(value: int, of: int, where: str, what: str) -> None:
         raise UserError(f"must be a multiple of {what} ({of})", where=where, found=value, allowed=f"for example {near}")
 
 
+def _check_stages(c: RunConfig) -> None:
+    """How the decoder's layers are cut into pipeline stages, and stages into virtual ones."""
+    layers, p = c.model.decoder.num_layers, c.parallel
+    pp, vpp = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    pp_name, first_name = "parallel.pipeline_model_parallel_size", "parallel.first_pipeline_stage_layers"
+    vpp_name = "parallel.virtual_pipeline_model_parallel_size"
+    if vpp > 1 and pp == 1:
+        raise UserError("needs more than one pipeline stage", where=vpp_name, found=f"{vpp}, with {pp_name} = 1")
+    first = p.first_pipeline_stage_layers
+    if first is None:
+        cut = f"{pp_name} × {vpp_name}" if vpp > 1 else pp_name
+        _multiple(layers, pp * vpp, "model.decoder.num_layers", cut)
+        return
+    if pp == 1:
+        raise UserError("needs more than one pipeline stage", where=first_name, found=f"{pp_name} = 1")
+    allowed = [n for n in range(vpp, layers, vpp) if (layers - n) % ((pp - 1) * vpp) == 0]
+    if first not in allowed:
+        virtual = f", in {vpp} virtual stages each," if vpp > 1 else ""
+        raise UserError(
+            f"the other {pp - 1} stages{virtual} must share the other layers evenly", where=first_name,
+            found=f"{first} of {layers} layers",
+            allowed=", ".join(map(str, allowed)) or f"none: change {pp_name}" + (f" or {vpp_name}" if vpp > 1 else ""),
+        )  # fmt: skip
+
+
+def _check_connector(connector: ConnectorConfig, grid: int) -> None:
+    side = math.isqrt(connector.num_tokens)
+    if side * side != connector.num_tokens:
+        raise UserError(
+            "must be a square number", where="model.connector.num_tokens", found=connector.num_tokens,
+            allowed=f"for example {side**2} or {(side + 1) ** 2}",
+        )  # fmt: skip
+    if connector.kind == "pixel_shuffle_mlp" and grid % side:
+        raise UserError(
+            f"pixel shuffle needs whole squares of the {grid} × {grid} patches", where="model.connector.num_tokens",
+            found=connector.num_tokens, allowed=", ".join(str(n * n) for n in range(1, grid + 1) if grid % n == 0),
+        )  # fmt: skip
+    if connector.kind == "attention_pool" and connector.hidden_size > 64:
+        _multiple(connector.hidden_size, 64, "model.connector.hidden_size", "the width of an attention head")
+
+
 def check_consistency(c: RunConfig) -> None:
     """Everything that can be known without files and without a world."""
     _positive(c, "", _ZERO_ALLOWED)
     v, d, p, t = c.model.vision, c.model.decoder, c.parallel, c.training
     _multiple(v.image_size, v.patch_size, "model.vision.image_size", "model.vision.patch_size")
     _multiple(v.hidden_size, v.num_attention_heads, "model.vision.hidden_size", "model.vision.num_attention_heads")
-    side = round(c.model.connector.num_tokens**0.5)
-    if side * side != c.model.connector.num_tokens:
+    if not -v.num_layers <= v.feature_layer <= -1:
         raise UserError(
-            "must be a square number", where="model.connector.num_tokens", found=c.model.connector.num_tokens,
-            allowed=f"for example {side**2} or {(side + 1) ** 2}",
+            "counts the encoder's layers from the end", where="model.vision.feature_layer", found=v.feature_layer,
+            allowed=f"{-v.num_layers} to -1",
         )  # fmt: skip
+    _check_connector(c.model.connector, v.grid)
     if d.kv_channels is None:
         _multiple(d.hidden_size, d.num_attention_heads, "model.decoder.hidden_size", "num_attention_heads")
     _multiple(d.num_attention_heads, d.num_query_groups, "model.decoder.num_attention_heads", "num_query_groups")
     if d.head_dim % 2:
         raise UserError("RoPE needs an even head width", where="model.decoder.kv_channels", found=d.head_dim)
-    tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
-    tp_name, pp_name = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
+    tp_name = "parallel.tensor_model_parallel_size"
     _multiple(d.num_query_groups, tp, "model.decoder.num_query_groups", tp_name)
     _multiple(d.ffn_hidden_size, tp, "model.decoder.ffn_hidden_size", tp_name)
     _multiple(d.vocab_size, tp, "model.decoder.vocab_size", tp_name)
@@ -69,19 +113,10 @@ def check_consistency(c: RunConfig) -> None:
                 "sequence parallelism shares work among tensor-parallel ranks", where="parallel.sequence_parallel",
                 found=f"true with {tp_name} = 1", do=f"set it to false, or {tp_name} to 2 or more",
             )  # fmt: skip
-    if p.first_pipeline_stage_layers is None:
-        _multiple(d.num_layers, pp, "model.decoder.num_layers", pp_name)
-    else:
-        where = "parallel.first_pipeline_stage_layers"
-        rest = d.num_layers - p.first_pipeline_stage_layers
-        if pp == 1:
-            raise UserError("needs more than one pipeline stage", where=where, found=f"{pp_name} = 1")
-        if rest < pp - 1 or rest % (pp - 1):
-            raise UserError(
-                f"the other {pp - 1} stages must share the other layers evenly", where=where,
-                found=f"{p.first_pipeline_stage_layers} of {d.num_layers} layers",
-                allowed=", ".join(str(n) for n in range(1, d.num_layers) if (d.num_layers - n) % (pp - 1) == 0),
-            )  # fmt: skip
+    _check_stages(c)
+    if p.vision_tensor_parallel:
+        _multiple(v.num_attention_heads, tp, "model.vision.num_attention_heads", tp_name)
+        _multiple(v.ffn_hidden_size, tp, "model.vision.ffn_hidden_size", tp_name)
     if d.moe is None:
         if ep != 1:
             raise UserError(
@@ -90,8 +125,9 @@ def check_consistency(c: RunConfig) -> None:
             )  # fmt: skip
     else:
         _multiple(d.moe.num_experts, ep, "model.decoder.moe.num_experts", "parallel.expert_model_parallel_size")
-        if d.moe.ffn_hidden_size:
-            _multiple(d.moe.ffn_hidden_size, tp, "model.decoder.moe.ffn_hidden_size", tp_name)
+        expert_ffn = "model.decoder.moe.ffn_hidden_size" if d.moe.ffn_hidden_size else "model.decoder.ffn_hidden_size"
+        width = d.moe.ffn_hidden_size or d.ffn_hidden_size
+        _multiple(width, p.expert_tp, expert_ffn, "parallel.expert_tensor_parallel_size")
         if d.moe.topk > d.moe.num_experts:
             raise UserError(
                 "more experts a token than there are", where="model.decoder.moe.topk", found=d.moe.topk,
@@ -135,6 +171,18 @@ def check_consistency(c: RunConfig) -> None:
     _multiple(t.global_batch_size, t.micro_batch_size, "training.global_batch_size", "training.micro_batch_size")
 
 
+def _check_interleaving(c: RunConfig, microbatches: int) -> None:
+    """Megatron-Core's interleaved schedule works through groups of as many microbatches as there are stages."""
+    pp, vpp = c.parallel.pipeline_model_parallel_size, c.parallel.virtual_pipeline_model_parallel_size
+    if vpp > 1 and microbatches % pp:
+        raise UserError(
+            "virtual stages need microbatches in whole groups of the pipeline's size",
+            where="training.global_batch_size", found=f"{microbatches} microbatches a rank, {pp} pipeline stages",
+            allowed=f"a multiple of {pp} microbatches",
+            do="change global_batch_size, micro_batch_size or the number of ranks",
+        )  # fmt: skip
+
+
 def check_layout(c: RunConfig, world_size: int) -> int:
     """Check the layout against the number of ranks; answers with the data-parallel size."""
     p, t = c.parallel, c.training
@@ -148,11 +196,13 @@ def check_layout(c: RunConfig, world_size: int) -> int:
             do="start another number of ranks, or change the parallel sizes",
         )  # fmt: skip
     dp = world_size // (tp * pp)
-    # Experts are tensor-parallel as the dense layers are, so expert groups are cut out of data-parallel ranks.
-    if dp % ep:
+    # Experts see a stage's ranks in another order: expert tensor × expert × expert data parallel.
+    if (tp * dp) % (ep * p.expert_tp):
+        most = tp * dp // p.expert_tp
         raise UserError(
-            "expert groups are cut out of the data-parallel ranks", where="parallel.expert_model_parallel_size",
-            found=f"{ep}, with {dp} data-parallel ranks", allowed=f"a divisor of {dp}",
+            "a pipeline stage's ranks do not divide into expert groups", where="parallel.expert_model_parallel_size",
+            found=f"{ep} × expert tensor {p.expert_tp}, with {tp * dp} ranks a stage",
+            allowed=f"a divisor of {most}" if most else f"expert tensor at most {tp * dp}",
         )  # fmt: skip
     if t.global_batch_size % (t.micro_batch_size * dp):
         step = t.micro_batch_size * dp
@@ -161,4 +211,5 @@ def check_layout(c: RunConfig, world_size: int) -> int:
             found=f"{t.global_batch_size}, with micro_batch_size {t.micro_batch_size} × {dp} data-parallel ranks",
             allowed=f"a multiple of {step}, for example {max(step, t.global_batch_size // step * step)}",
         )  # fmt: skip
+    _check_interleaving(c, t.global_batch_size // (t.micro_batch_size * dp))
     return dp

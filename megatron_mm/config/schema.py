@@ -8,9 +8,36 @@ Kind = Literal["caption", "interleaved", "text", "conversation"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "conversation")
 
 
+@dataclass(frozen=True)
+class VisionFamily:
+    """How one line of encoders differs from another."""
+
+    class_token: bool
+    patch_bias: bool
+    pre_norm: bool  # a LayerNorm before the first layer
+    final_norm: bool  # a LayerNorm after the last layer, which patch features pass through
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]
+    layernorm_epsilon: float
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+VISION_FAMILIES = {
+    # OpenAI's releases and DFN-5B use quick-GELU; LAION's use gelu.
+    "clip": VisionFamily(True, False, True, False, "quick_gelu", 1e-5, _CLIP_MEAN, _CLIP_STD),
+    "siglip": VisionFamily(False, True, False, True, "gelu_tanh", 1e-6, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    # DINOv2's layer scales are folded into the weights before them when its weights are imported.
+    "dinov2": VisionFamily(True, True, False, True, "gelu", 1e-6, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A CLIP-shaped ViT (pre-norm, class token, learned positions); features are the last layer's patch tokens."""
+    """A pre-norm ViT with learned positions; its patch tokens are the features. Families differ as VISION_FAMILIES say.
+
+    Fields that are None take the family's value.
+    """
 
     num_layers: int
     hidden_size: int
@@ -18,24 +45,56 @@ class VisionConfig:
     ffn_hidden_size: int
     patch_size: int  # pixels
     image_size: int  # pixels, square; must be a multiple of patch_size
-    activation: Literal["gelu", "quick_gelu"] = "quick_gelu"  # the DFN-5B and OpenAI releases use quick-GELU
-    layernorm_epsilon: float = 1e-5  # CLIP's
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of 1
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of 1
+    family: Literal["clip", "siglip", "dinov2"] = "clip"  # MM1's
+    # Whose output the features are, counted from the end; layers after it are not built. A family's final norm follows
+    # the last layer only, as in the families' own classes.
+    feature_layer: int = -1
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = None  # type: ignore[assignment]
+    layernorm_epsilon: float = None  # type: ignore[assignment]
+    image_mean: tuple[float, float, float] = None  # type: ignore[assignment]  # of 1
+    image_std: tuple[float, float, float] = None  # type: ignore[assignment]  # of 1
+
+    def __post_init__(self) -> None:
+        for name in ("activation", "layernorm_epsilon", "image_mean", "image_std"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.shape, name))
+
+    @property
+    def shape(self) -> "VisionFamily":
+        return VISION_FAMILIES[self.family]
+
+    @property
+    def built_layers(self) -> int:
+        return self.num_layers + self.feature_layer + 1
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.shape.final_norm and self.feature_layer == -1
 
     @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
 
+    @property
+    def num_positions(self) -> int:
+        """Tokens of an image inside the encoder: patches, and the class token where there is one."""
+        return self.grid**2 + self.shape.class_token
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    """C-Abstractor (Honeybee, arXiv 2312.06742): RegNet stage, adaptive pooling, RegNet stage, MLP."""
+    """From patch features to `num_tokens` embeddings.
 
+    c_abstractor (Honeybee, arXiv 2312.06742): RegNet stage, adaptive pooling, RegNet stage, MLP.
+    average_pool: adaptive pooling, one linear layer. attention_pool: learned queries, one cross-attention layer.
+    pixel_shuffle_mlp (InternVL): squares of patches side by side, LayerNorm, MLP.
+    """
+
+    kind: Literal["c_abstractor", "average_pool", "attention_pool", "pixel_shuffle_mlp"] = "c_abstractor"  # MM1's final
     num_tokens: int = 144  # MM1's; a square number
-    hidden_size: int = 1024  # Honeybee's; MM1's own is not published
-    depth: int = 3  # blocks a RegNet stage; Honeybee's
+    hidden_size: int = 1024  # of c_abstractor and attention_pool; Honeybee's, MM1's own is not published
+    depth: int = 3  # of c_abstractor: blocks a RegNet stage; Honeybee's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +170,21 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Chunks of layers a rank, dealt in turn (interleaved 1F1B): a shorter pipeline bubble for more messages.
+    virtual_pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # of the experts' matrices; None: tensor_model_parallel_size
+    # Encoder split over the tensor-parallel group like the decoder, instead of whole on each rank with a share of the
+    # images: less memory, more messages.
+    vision_tensor_parallel: bool = False
     sequence_parallel: bool = False
     distributed_optimizer: bool = True  # optimizer state and fp32 masters sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     first_pipeline_stage_layers: int | None = None  # decoder layers beside encoder and connector; None: an even split
+
+    @property
+    def expert_tp(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +193,7 @@ class OptimizerConfig:
 
     lr: float | None = None  # None: MM1's law, exp(-0.4214 ln N - 0.5535), N non-embedding decoder parameters
     connector_lr: float | None = 8e-5  # MM1: fixed at every size; None: the same as lr
+    vision_lr_scale: float = 1.0  # of lr, for the encoder; MM1 trains it at the decoder's rate
     min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
     warmup_steps: int = 2000
     weight_decay: float = (
@@ -142,10 +212,16 @@ class TrainingConfig:
     micro_batch_size: int = 1  # sequences
     seed: int = 0  # of the weights and of the data's order
     precision: Literal["fp32", "bf16"] = "bf16"  # of compute; masters and gradients are fp32
+    # Transformer Engine's layers have fused attention over packed documents, fused norms and grouped experts; auto
+    # takes them on a GPU where they are installed.
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    # Decoder's matrix products in FP8 by this scaling recipe; None: in `precision`. The encoder stays in bf16.
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     log_interval: int = 1  # steps
     validation_interval: int = 1000  # steps; 0: never
     validation_batches: int = 8  # global batches a source
     recompute: bool = False  # full activation recomputation, layer by layer
+    frozen: tuple[Literal["vision", "connector", "decoder"], ...] = ()  # parts that keep their weights; MM1: none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Dinov2Config,
     GenerationConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SiglipVisionConfig,
 )
 
-from megatron_mm.config import ModelConfig, RunConfig
+from megatron_mm.config import ModelConfig, RunConfig, VisionConfig
 from megatron_mm.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.configuration import MegatronMMConfig
@@ -135,19 +137,12 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, max_positions: int) -> M
     }
     vision = model.vision
     return MegatronMMConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.ffn_hidden_size,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            hidden_act=vision.activation,
-            layer_norm_eps=vision.layernorm_epsilon,
-        ),
-        text_config=_text_config(model, max_positions, ids),
+        vision_config=vision_config(vision, model.init_std),
+        vision_final_norm=vision.has_final_norm,
+        text_config=text_config(model, max_positions, ids),
         image_token_id=tokenizer.image_id,
         tokens_per_image=model.connector.num_tokens,
+        connector_kind=model.connector.kind,
         connector_hidden_size=model.connector.hidden_size,
         connector_depth=model.connector.depth,
         architectures=["MegatronMMForConditionalGeneration"],
@@ -155,7 +150,30 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, max_positions: int) -> M
     )
 
 
-def _text_config(model: ModelConfig, max_positions: int, ids: dict[str, int]) -> PreTrainedConfig:
+def vision_config(vision: VisionConfig, init_std: float) -> PreTrainedConfig:
+    common: dict[str, Any] = {
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.built_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": "gelu_pytorch_tanh" if vision.activation == "gelu_tanh" else vision.activation,
+        "layer_norm_eps": vision.layernorm_epsilon,
+    }
+    if vision.family == "clip":
+        return CLIPVisionConfig(**common, intermediate_size=vision.ffn_hidden_size)
+    if vision.family == "siglip":
+        return SiglipVisionConfig(**common, intermediate_size=vision.ffn_hidden_size, vision_use_head=False)
+    ratio, rest = divmod(vision.ffn_hidden_size, vision.hidden_size)
+    if rest:
+        raise UserError(
+            "Hugging Face's DINOv2 has an FFN of a whole multiple of its width", where="model.vision.ffn_hidden_size",
+            found=vision.ffn_hidden_size, allowed=f"a multiple of {vision.hidden_size}",
+        )  # fmt: skip
+    return Dinov2Config(**common, mlp_ratio=ratio, use_mask_token=False, initializer_range=init_std)
+
+
+def text_config(model: ModelConfig, max_positions: int, ids: dict[str, int]) -> PreTrainedConfig:
     d = model.decoder
     common: dict[str, Any] = dict(
         vocab_size=d.vocab_size,

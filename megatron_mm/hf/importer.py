@@ -19,7 +19,7 @@ from megatron_mm.hf.mapping import rules
 _SHAPE_FIELDS = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "vocab_size hidden_act rms_norm_eps layer_norm_eps rope_parameters image_size patch_size num_experts "
-    "num_experts_per_tok moe_intermediate_size decoder_sparse_step tie_word_embeddings".split()
+    "mlp_ratio num_experts_per_tok moe_intermediate_size decoder_sparse_step tie_word_embeddings".split()
 )
 
 
@@ -38,10 +38,18 @@ def read_config(folder: str | Path) -> MegatronMMConfig:
     return MegatronMMConfig.from_dict(data)
 
 
+def is_export(folder: str | Path) -> bool:
+    """Whether the folder holds a whole model of this stack, as the exporter writes it."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == MegatronMMConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def import_hf(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each Megatron tensor, one at a time. Raises UserError for what is missing or unreadable."""
     table = rules(read_config(folder))
-    tensors = _FolderReader(Path(folder))
+    tensors = FolderReader(Path(folder))
     for rule in table:
         yield rule.megatron, rule.join([tensors[name] for name in rule.hf])
 
@@ -55,7 +63,17 @@ def check_same_model(folder: str | Path, run: RunConfig) -> None:
         for part, fields in (
             ("vision_config", _SHAPE_FIELDS),
             ("text_config", _SHAPE_FIELDS),
-            ("", ("tokens_per_image", "connector_hidden_size", "connector_depth", "image_token_id")),
+            (
+                "",
+                (
+                    "tokens_per_image",
+                    "connector_kind",
+                    "connector_hidden_size",
+                    "connector_depth",
+                    "vision_final_norm",
+                    "image_token_id",
+                ),
+            ),
         )
         for field in fields
         if (a := _field(found, part, field)) != (b := _field(wanted, part, field))
@@ -71,7 +89,7 @@ def _field(config: MegatronMMConfig, part: str, field: str) -> Any:
     return getattr(getattr(config, part) if part else config, field, None)
 
 
-class _FolderReader:
+class FolderReader:
     """Tensors of an exported folder by name, from one file or from several with an index."""
 
     def __init__(self, folder: Path) -> None:

@@ -7,12 +7,13 @@ them on disk), so a folder's decoder is read by whatever reads these families.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mm.hf.configuration import MegatronMMConfig
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.connector import build_connector
 
 
 @dataclass(frozen=True)
@@ -27,43 +28,72 @@ class Rule:
 
 def rules(config: MegatronMMConfig) -> Iterator[Rule]:
     """Every tensor of a model of this configuration, in the order of the forward pass."""
-    yield from _vision(config)
+    yield from vision_rules(config.vision_config, config.vision_final_norm)
     yield from _connector(config)
-    yield from _decoder(config)
+    yield from decoder_rules(config)
 
 
-def _vision(config: MegatronMMConfig) -> Iterator[Rule]:
-    vision, tower = config.vision_config, "model.vision_tower"
-    yield _same("vision.conv1.weight", f"{tower}.embeddings.patch_embedding.weight")
-    yield Rule(
-        "vision.class_token",
-        (f"{tower}.embeddings.class_embedding",),
-        lambda x: [x.flatten()],
-        lambda parts: parts[0].view(1, 1, -1),
-    )
-    yield _same("vision.position_embeddings.weight", f"{tower}.embeddings.position_embedding.weight")
+@dataclass(frozen=True)
+class _Names:
+    """What a vision family calls the parts that all have."""
+
+    patches: str
+    layers: str
+    norm1: str
+    attention: str
+    output: str
+    norm2: str
+    final_norm: str
+
+
+_CLIP = _Names("patch_embedding", "layers", "layer_norm1", "self_attn", "out_proj", "layer_norm2", "post_layernorm")
+_DINOV2 = _Names("patch_embeddings.projection", "layer", "norm1", "attention", "o_proj", "norm2", "layernorm")
+
+
+def vision_rules(vision: Any, final_norm: bool, tower: str = "model.vision_tower") -> Iterator[Rule]:
+    """Every tensor of an encoder that stands under `tower` in the exported model."""
+    family = vision.model_type
+    names = _DINOV2 if family == "dinov2" else _CLIP
+    embeddings = f"{tower}.embeddings"
+    yield _same("vision.conv1.weight", f"{embeddings}.{names.patches}.weight")
+    if family != "clip_vision_model":
+        yield _same("vision.conv1.bias", f"{embeddings}.{names.patches}.bias")
+    if family == "clip_vision_model":
+        token = f"{embeddings}.class_embedding"
+        yield Rule("vision.class_token", (token,), lambda x: [x.flatten()], lambda parts: parts[0].view(1, 1, -1))
+    if family == "dinov2":
+        yield _same("vision.class_token", f"{embeddings}.cls_token")
+        positions = (f"{embeddings}.position_embeddings",)
+        yield Rule("vision.position_embeddings.weight", positions, lambda x: [x[None]], lambda parts: parts[0][0])
+    else:
+        yield _same("vision.position_embeddings.weight", f"{embeddings}.position_embedding.weight")
     for kind in ("weight", "bias"):
-        yield _same(f"vision.ln_pre.{kind}", f"{tower}.pre_layrnorm.{kind}")  # the library's spelling
+        if family == "clip_vision_model":
+            yield _same(f"vision.ln_pre.{kind}", f"{tower}.pre_layrnorm.{kind}")  # the library's spelling
+        if final_norm:
+            yield _same(f"vision.ln_post.{kind}", f"{tower}.{names.final_norm}.{kind}")
     heads = vision.num_attention_heads
     for i in range(vision.num_hidden_layers):
-        ours, theirs = f"vision.decoder.layers.{i}", f"{tower}.encoder.layers.{i}"
+        ours, theirs = f"vision.decoder.layers.{i}", f"{tower}.encoder.{names.layers}.{i}"
+        attention = f"{theirs}.{names.attention}"
         for kind in ("weight", "bias"):
-            yield _same(f"{ours}.input_layernorm.{kind}", f"{theirs}.layer_norm1.{kind}")
-            yield _qkv(f"{ours}.self_attention.linear_qkv.{kind}", f"{theirs}.self_attn", kind, heads, heads)
-            yield _same(f"{ours}.self_attention.linear_proj.{kind}", f"{theirs}.self_attn.out_proj.{kind}")
-            yield _same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.layer_norm2.{kind}")
+            yield _same(f"{ours}.input_layernorm.{kind}", f"{theirs}.{names.norm1}.{kind}")
+            yield _qkv(f"{ours}.self_attention.linear_qkv.{kind}", attention, kind, heads, heads)
+            yield _same(f"{ours}.self_attention.linear_proj.{kind}", f"{attention}.{names.output}.{kind}")
+            yield _same(f"{ours}.pre_mlp_layernorm.{kind}", f"{theirs}.{names.norm2}.{kind}")
             yield _same(f"{ours}.mlp.linear_fc1.{kind}", f"{theirs}.mlp.fc1.{kind}")
             yield _same(f"{ours}.mlp.linear_fc2.{kind}", f"{theirs}.mlp.fc2.{kind}")
 
 
 def _connector(config: MegatronMMConfig) -> Iterator[Rule]:
     with torch.device("meta"):
-        module = CAbstractor(config.connector, config.vision_config.hidden_size, config.grid, 1)
+        module = build_connector(config.connector, config.vision_config.hidden_size, config.grid, 1)
     for name, _ in module.named_parameters():
         yield _same(f"connector.{name}", f"model.connector.{name}")
 
 
-def _decoder(config: MegatronMMConfig) -> Iterator[Rule]:
+def decoder_rules(config: MegatronMMConfig) -> Iterator[Rule]:
+    """Every tensor of the decoder, under the exported model's names."""
     text = config.text_config
     yield _same("language_model.embedding.word_embeddings.weight", "model.language_model.embed_tokens.weight")
     for i in range(text.num_hidden_layers):

@@ -1,7 +1,7 @@
-"""The exported model in plain transformers: CLIP encoder, C-Abstractor, Qwen3, Llama or Mixtral decoder.
+"""The exported model in plain transformers: a ViT, a connector, and a Qwen3, Llama or Mixtral decoder.
 
-    pixel_values [n, 3, H, W] ─ VisionTower ─ CAbstractor ─┐ [n, tokens_per_image, hidden]
-    input_ids [b, s] ─ word embeddings ────────────────────┴ in place of the image tokens ─ decoder ─ lm_head
+    pixel_values [n, 3, H, W] ─ vision tower ─ connector ─┐ [n, tokens_per_image, hidden]
+    input_ids [b, s] ─ word embeddings ───────────────────┴ in place of the image tokens ─ decoder ─ lm_head
 
 Images of a batch come in one tensor, in the order of their placeholders, row by row. Nothing here needs Megatron.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -19,7 +19,8 @@ from transformers.utils.generic import can_return_tuple
 
 from megatron_mm.errors import UserError
 from megatron_mm.hf.configuration import MegatronMMConfig
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.hf.vision import build_vision_tower, first_patch
+from megatron_mm.model.connector import CONNECTORS, Connector, build_connector
 
 
 @dataclass
@@ -36,21 +37,13 @@ class MegatronMMOutput(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
-class VisionTower(CLIPVisionModel):
-    """CLIP's encoder without its last norm, which only its pooled output passes through: it has no part here."""
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__(config)
-        self.post_layernorm = nn.Identity()
-
-
 class MegatronMMPreTrainedModel(PreTrainedModel):
     config_class = MegatronMMConfig
     config: MegatronMMConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CAbstractor"]  # noqa: RUF012 (as in the base class)
+    _no_split_modules = [kind.__name__ for kind in CONNECTORS.values()]  # noqa: RUF012 (as in the base class)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -59,7 +52,7 @@ class MegatronMMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CAbstractor):
+        if isinstance(module, Connector):
             # Comes after its parts had the library's rule. Loaded values stay: the caller guards torch.nn.init.
             module.reset_parameters()
         else:
@@ -72,8 +65,8 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
     def __init__(self, config: MegatronMMConfig) -> None:
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        self.vision_tower = VisionTower(vision)
-        self.connector = CAbstractor(
+        self.vision_tower = build_vision_tower(vision, config.vision_final_norm)
+        self.connector = build_connector(
             config.connector, vision.hidden_size, config.grid, text.hidden_size, text.initializer_range
         )
         self.language_model = AutoModel.from_config(text)
@@ -89,7 +82,7 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Normalised pixels [n, 3, H, W] → `pooler_output` [n, tokens_per_image, hidden]."""
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = self.connector(outputs.last_hidden_state[:, 1:])
+        outputs.pooler_output = self.connector(outputs.last_hidden_state[:, first_patch(self.config.vision_config) :])
         return outputs
 
     def _place_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""A rank's part of the model, ready to train: built, placed, initialised, marked."""
+"""A rank's part of the model, ready to train: built, placed, initialised, marked, frozen."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,13 +16,36 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 
-def build_model(config: RunConfig) -> MultimodalModel:
-    """This rank's stage with its initial weights, on this rank's device. Groups must exist."""
-    model = MultimodalModel(config, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage())
-    model.to(device())
-    initialize_weights(model, config)
-    _mark_tensor_parallel(model)
-    return model
+def build_chunks(config: RunConfig) -> list[MultimodalModel]:
+    """This rank's virtual stages (one, without virtual pipeline parallelism), frozen as asked, their weights not drawn
+    yet. Groups must exist."""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for chunk in range(virtual):
+        stage = {"ignore_virtual": False, "vp_stage": chunk} if virtual > 1 else {}
+        first, last = mpu.is_pipeline_first_stage(**stage), mpu.is_pipeline_last_stage(**stage)
+        model = MultimodalModel(config, first, last, chunk if virtual > 1 else None)
+        _freeze(model, config.training.frozen)
+        chunks.append(model)
+    return chunks
+
+
+def build_model(config: RunConfig) -> list[MultimodalModel]:
+    """The same with their initial weights, on this rank's device."""
+    chunks = build_chunks(config)
+    for model in chunks:
+        model.to(device())
+        initialize_weights(model, config)
+        _mark_tensor_parallel(model)
+    return chunks
+
+
+def _freeze(model: MultimodalModel, frozen: Sequence[str]) -> None:
+    parts = {"vision": model.vision, "connector": model.connector, "decoder": model.language_model}
+    for name in frozen:
+        part = parts[name]
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def _mark_tensor_parallel(model: MultimodalModel) -> None:
@@ -32,5 +57,7 @@ def _mark_tensor_parallel(model: MultimodalModel) -> None:
         held[piece.parameter] = held.get(piece.parameter, 0) + piece.numel
         whole[piece.parameter] = torch.Size(piece.global_shape[piece.leading :]).numel()
     for parameter in model.parameters():
-        parameter.tensor_model_parallel = held[parameter] < whole[parameter]
+        # Experts always count: their groups hold no tensor-parallel copies, whatever the expert tensor-parallel size.
+        expert = not getattr(parameter, "allreduce", True)
+        parameter.tensor_model_parallel = expert or held[parameter] < whole[parameter]
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -5,24 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_mm.config import RunConfig
+from megatron_mm.model.kernels import fusions, uses_transformer_engine
 from megatron_mm.parallel.backend import import_megatron
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-# Fusions that come with Transformer Engine or apex. The local layers do without.
-_NO_FUSIONS = {
-    "persist_layer_norm": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "moe_permute_fusion": False,
-    "cross_entropy_loss_fusion": False,
-    "moe_grouped_gemm": False,
-}
 
 
 def transformer_config(config: RunConfig) -> "TransformerConfig":
@@ -57,9 +45,14 @@ def transformer_config(config: RunConfig) -> "TransformerConfig":
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         expert_model_parallel_size=p.expert_model_parallel_size,
+        expert_tensor_parallel_size=p.expert_tp,
         sequence_parallel=p.sequence_parallel,
-        **_NO_FUSIONS,
+        **fusions(config),
     )
+    if p.virtual_pipeline_model_parallel_size > 1:
+        options["virtual_pipeline_model_parallel_size"] = p.virtual_pipeline_model_parallel_size
+        # With two stages the batched form gives wrong gradients, silently.
+        options.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if p.first_pipeline_stage_layers is not None:
         options["num_layers_in_first_pipeline_stage"] = p.first_pipeline_stage_layers
     if config.training.recompute:
@@ -84,14 +77,19 @@ def moe_layer_pattern(num_layers: int, layer_freq: int) -> list[int]:
 
 
 def build_decoder(
-    config: RunConfig, transformer: "TransformerConfig", pre_process: bool, post_process: bool
+    config: RunConfig, transformer: "TransformerConfig", pre_process: bool, post_process: bool, chunk: int | None
 ) -> "GPTModel":
-    """This rank's part of the decoder. Embeddings come in merged, so the scatter for sequence parallelism is ours."""
+    """This rank's part of the decoder, or virtual stage `chunk` of it.
+
+    Embeddings come in merged, so the scatter for sequence parallelism is ours.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     d = config.model.decoder
-    spec = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(
+        transformer, uses_transformer_engine(config), normalization="RMSNorm", vp_stage=chunk
+    )
     return GPTModel(
         transformer,
         spec,
@@ -104,4 +102,5 @@ def build_decoder(
         position_embedding_type="rope",
         rotary_base=d.rotary_base,  # annotated int; used as a float
         scatter_embedding_sequence_parallel=False,
+        vp_stage=chunk,
     )

@@ -1,7 +1,7 @@
 """The whole model: image embeddings stand in the decoder's input at their placeholders.
 
     first stage                                                     every stage                  last stage
-    pixels ─ VisionEncoder ─ CAbstractor ─ gather over TP ┐
+    pixels ─ VisionEncoder ─ connector ── gather over TP ┐
     tokens ─ word embeddings ─────────────────────────────┴ merge ─ GPTModel's layers ─ … ─ output layer ─ loss
 
 Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.attention import attention_mask, document_starts, packed_documents
+from megatron_mm.model.connector import Connector, build_connector
 from megatron_mm.model.decoder import build_decoder, transformer_config
+from megatron_mm.model.kernels import uses_transformer_engine
 from megatron_mm.parallel.backend import import_megatron
 
 import_megatron()
@@ -56,13 +58,13 @@ class _GatherImages(torch.autograd.Function):
 
 
 class MultimodalModel(MegatronModule):
-    """This rank's pipeline stage of the model.
+    """This rank's pipeline stage of the model, or one of its virtual stages.
 
     `forward` takes a `Microbatch` on this rank's device. Returns the loss of each position, fp32 [b, s], on the last
     stage (the logits [b, s, vocab/tp] with `return_logits`), and the hidden states [s, b, h] on the others.
     """
 
-    def __init__(self, config: RunConfig, pre_process: bool, post_process: bool) -> None:
+    def __init__(self, config: RunConfig, pre_process: bool, post_process: bool, chunk: int | None = None) -> None:
         self.transformer = transformer_config(config)
         super().__init__(config=self.transformer)
         v, c, d = config.model.vision, config.model.connector, config.model.decoder
@@ -71,13 +73,15 @@ class MultimodalModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.image_size = v.image_size
+        self.packed = uses_transformer_engine(config)  # rows laid end to end, attention told the documents' borders
+        self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group
         self.vision: VisionEncoder | None = None
-        self.connector: CAbstractor | None = None
+        self.connector: Connector | None = None
         if pre_process:
-            self.vision = VisionEncoder(v, self.transformer)
-            self.connector = CAbstractor(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
+            self.vision = VisionEncoder(v, self.transformer, config.parallel.vision_tensor_parallel, self.packed)
+            self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
-        self.language_model = build_decoder(config, self.transformer, pre_process, post_process)
+        self.language_model = build_decoder(config, self.transformer, pre_process, post_process, chunk)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         self.language_model.set_input_tensor(input_tensor)
@@ -86,30 +90,34 @@ class MultimodalModel(MegatronModule):
         return None
 
     def replicated_parameters(self) -> list[torch.nn.Parameter]:
-        """Encoder's and connector's: whole on every tensor-parallel rank, each with a part of the gradient."""
+        """Encoder's and connector's where images are dealt: whole on every tensor-parallel rank, with a part of the
+        gradient on each. (An encoder split over the group sees all images on each rank: its gradients are complete.)"""
+        if not self.images_dealt:
+            return []
         modules = [m for m in (self.vision, self.connector) if m is not None]
-        return [p for module in modules for p in module.parameters()]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def encode_images(self, images: Tensor, num_images: int) -> Tensor:
         """This rank's share, uint8 [c, 3, H, W] or fewer → all embeddings, [num_images, tokens, hidden]."""
         assert self.vision is not None
         assert self.connector is not None
         group = mpu.get_tensor_model_parallel_group()
-        share = max(1, -(-num_images // group.size()))
+        sharers = group.size() if self.images_dealt else 1
+        share = max(1, -(-num_images // sharers))
         missing = share - len(images)
         if missing:
             blank = images.new_zeros((missing, 3, self.image_size, self.image_size))
             images = torch.cat([images, blank])
         embeddings = self.connector(self.vision(images))
-        if group.size() > 1:
+        if sharers > 1:
             embeddings = _GatherImages.apply(embeddings, group)
         return embeddings[:num_images]
 
-    def _merge(self, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
+    def _merge(self, tokens: Tensor, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
         """Decoder input [s, b, h], or [s/tp, b, h] under sequence parallelism."""
-        embeddings = self.language_model.embedding(batch.tokens, None)  # [s, b, h]
+        embeddings = self.language_model.embedding(tokens, None)  # [s, b, h]
         images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
-        placeholders = (batch.tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
+        placeholders = (tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
         merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
         merged = merged.transpose(0, 1).contiguous()
         if self.transformer.sequence_parallel:
@@ -117,22 +125,20 @@ class MultimodalModel(MegatronModule):
         return merged
 
     def forward(self, batch: "Microbatch", layout: SequenceLayout, return_logits: bool = False) -> Tensor:
-        return self.language_model(
-            input_ids=batch.tokens,
+        b, s = batch.tokens.shape
+        tokens, labels = batch.tokens, batch.labels
+        attention: dict[str, Any] = {}
+        if self.packed:  # one row of b · s positions
+            tokens, labels = tokens.view(1, b * s), labels.view(1, b * s)
+            attention["attention_mask"] = None
+            attention["packed_seq_params"] = packed_documents(document_starts(batch.documents), s)
+        else:
+            attention["attention_mask"] = attention_mask(batch.documents)
+        output = self.language_model(
+            input_ids=tokens,
             position_ids=None,
-            attention_mask=attention_mask(batch.documents),
-            decoder_input=self._merge(batch, layout) if self.pre_process else None,
-            labels=None if return_logits else batch.labels,
+            decoder_input=self._merge(tokens, batch, layout) if self.pre_process else None,
+            labels=None if return_logits else labels,
+            **attention,
         )
-
-
-def attention_mask(documents: Tensor) -> Tensor:
-    """int [b, s] document numbers → bool [b, 1, s, s], True where attention is NOT allowed (Megatron's sense).
-
-    Causal, and within one document. RoPE is relative, so positions need not restart with a document for its
-    attention to be that of the document alone.
-    """
-    s = documents.shape[1]
-    causal = torch.ones(s, s, dtype=torch.bool, device=documents.device).tril()
-    same = documents.unsqueeze(1) == documents.unsqueeze(2)
-    return ~(same & causal).unsqueeze(1)
+        return output.view(b, s, *output.shape[2:]) if self.packed and self.post_process else output

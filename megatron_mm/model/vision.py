@@ -1,13 +1,15 @@
-"""The image encoder: a CLIP-shaped ViT on Megatron-Core's transformer block.
+"""The image encoder: a ViT of the CLIP, SigLIP or DINOv2 family on Megatron-Core's transformer block.
 
-    pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ + class token ─ + positions ─ LayerNorm ─ block ─ patch tokens
+    pixels uint8 [n, 3, H, W] ─ normalise ─ patches ─ (class token) ─ + positions ─ (norm) ─ block ─ (norm) ─ features
 
 Megatron-Core's own CLIPViTModel fixes the resolution and returns what LLaVA needs; this one is the same network with
-what MM1 needs, and its parameters keep Megatron's names. It is not tensor-parallel: each tensor-parallel rank encodes
-its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is exchanged.
+what MM1 needs, and its parameters keep Megatron's names. By default it is not tensor-parallel: each rank of the group
+encodes its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is
+exchanged.
 """
 
 import copy
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,10 @@ from megatron_mm.parallel.backend import import_megatron
 import_megatron()
 
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec  # noqa: E402
+from megatron.core.models.vision.vit_layer_specs import (  # noqa: E402
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
@@ -35,10 +40,19 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig") -> "TransformerConfig":
-    """The decoder's configuration with the encoder's shape, and none of the decoder's parallelism or experts."""
+_ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
+def vision_transformer_config(
+    vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool
+) -> "TransformerConfig":
+    """The decoder's configuration with the encoder's shape, and none of its experts or of its other parallelism."""
     config = copy.deepcopy(decoder)
-    config.num_layers = vision.num_layers
+    config.num_layers = vision.built_layers
     config.hidden_size = vision.hidden_size
     config.num_attention_heads = config.num_query_groups = vision.num_attention_heads
     config.kv_channels = vision.hidden_size // vision.num_attention_heads
@@ -47,40 +61,60 @@ def vision_transformer_config(vision: VisionConfig, decoder: "TransformerConfig"
     config.layernorm_epsilon = vision.layernorm_epsilon
     config.qk_layernorm = False
     config.gated_linear_unit = False
-    config.activation_func = quick_gelu if vision.activation == "quick_gelu" else torch.nn.functional.gelu
+    config.activation_func = _ACTIVATIONS[vision.activation]
     config.add_bias_linear = True
-    config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.expert_model_parallel_size = 1
+    if not tensor_parallel:
+        config.tensor_model_parallel_size = 1
+    config.pipeline_model_parallel_size = config.expert_model_parallel_size = config.expert_tensor_parallel_size = 1
+    config.virtual_pipeline_model_parallel_size = None
     config.sequence_parallel = False
     config.num_layers_in_first_pipeline_stage = None
     config.num_moe_experts = None
     config.moe_layer_freq = 1
+    config.moe_grouped_gemm = False
+    config.fp8 = None  # an image's tokens, 729 or 730, are no whole tiles
+    config.apply_rope_fusion = False
+    config.bias_activation_fusion = False  # the fused one is the tanh form of GELU, whatever was asked for
     return config
 
 
-def _single_rank_groups() -> ProcessGroupCollection:
-    """Process groups for layers that are whole on every rank. Context parallelism is never more than 1 here, so its
-    group holds this rank alone and serves as a group of one without a new communicator."""
+def _groups(tensor_parallel: bool) -> ProcessGroupCollection:
+    """Process groups for layers that lie on one stage, and whole on every rank unless tensor-parallel.
+
+    Context parallelism is never more than 1 here, so its group holds this rank alone and serves as a group of one
+    without a new communicator.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     alone = mpu.get_context_parallel_group()
     assert alone.size() == 1
-    groups.tp = groups.pp = groups.cp = alone
+    groups.pp = groups.cp = alone
+    if not tensor_parallel:
+        groups.tp = alone
     return groups
 
 
 class VisionEncoder(MegatronModule):
-    """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped, no final norm)."""
+    """uint8 [n, 3, image_size, image_size] → [n, grid², hidden_size] (the class token is dropped)."""
 
-    def __init__(self, vision: VisionConfig, decoder: "TransformerConfig") -> None:
-        config = vision_transformer_config(vision, decoder)
+    def __init__(
+        self,
+        vision: VisionConfig,
+        decoder: "TransformerConfig",
+        tensor_parallel: bool = False,
+        transformer_engine: bool = False,
+    ) -> None:
+        config = vision_transformer_config(vision, decoder, tensor_parallel)
         super().__init__(config=config)
-        self.conv1 = torch.nn.Conv2d(3, vision.hidden_size, vision.patch_size, stride=vision.patch_size, bias=False)
-        self.class_token = torch.nn.Parameter(torch.empty(1, 1, vision.hidden_size))
-        self.position_embeddings = torch.nn.Embedding(1 + vision.grid**2, vision.hidden_size)
-        self.ln_pre = WrappedTorchNorm(config, vision.hidden_size, eps=vision.layernorm_epsilon)
-        spec = get_vit_layer_with_local_spec()
+        h, patch, shape = vision.hidden_size, vision.patch_size, vision.shape
+        self.conv1 = torch.nn.Conv2d(3, h, patch, stride=patch, bias=shape.patch_bias)
+        self.class_token = torch.nn.Parameter(torch.empty(1, 1, h)) if shape.class_token else None
+        self.position_embeddings = torch.nn.Embedding(vision.num_positions, h)
+        self.ln_pre = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if shape.pre_norm else None
+        self.ln_post = WrappedTorchNorm(config, h, eps=vision.layernorm_epsilon) if vision.has_final_norm else None
+        spec = get_vit_layer_with_transformer_engine_spec() if transformer_engine else get_vit_layer_with_local_spec()
         spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the stock spec says causal
         self.decoder = TransformerBlock(
-            config, spec, pre_process=True, post_process=False, pg_collection=_single_rank_groups()
+            config, spec, pre_process=True, post_process=False, pg_collection=_groups(tensor_parallel)
         )
         # Not buffers: those would follow the module into bf16.
         self.mean = [255 * m for m in vision.image_mean]
@@ -93,7 +127,14 @@ class VisionEncoder(MegatronModule):
         std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
         x = (pixels.float() - mean) / std
         x = self.conv1(x.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [n, grid², h]
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        x = self.ln_pre(x + self.position_embeddings.weight)
-        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [1 + grid², n, h]
-        return x[1:].transpose(0, 1).contiguous()
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.position_embeddings.weight
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
+        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [num_positions, n, h]
+        if self.class_token is not None:
+            x = x[1:]
+        if self.ln_post is not None:
+            x = self.ln_post(x)
+        return x.transpose(0, 1).contiguous()

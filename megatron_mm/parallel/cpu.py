@@ -14,17 +14,15 @@ after. Both are called by `megatron_mm.parallel.backend.import_megatron`, and by
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_CPU = torch.device("cpu")
+_stand_in = torch.device("cpu")  # what plays CUDA's part
 _FACTORIES = (
     "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm empty_like zeros_like "
     "ones_like full_like rand_like randn_like empty_strided"
@@ -42,7 +40,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _stand_in
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return function(*args, **kwargs)
@@ -67,7 +65,7 @@ class _Event:
 
 class _Stream:
     cuda_stream = 0
-    device = _CPU
+    device = _stand_in
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, *args: Any) -> None: ...
@@ -91,6 +89,12 @@ class _Generators(dict[Any, torch.Generator]):
 _enabled = False
 
 
+def let_stand_in(device: torch.device) -> None:
+    """Let another device than the CPU play CUDA's part: `meta`, on which the planner builds models without memory."""
+    global _stand_in
+    _stand_in = device
+
+
 def enable() -> None:
     """Answer requests for CUDA with CPU objects. Idempotent; before `megatron.core` is imported."""
     global _enabled
@@ -111,8 +115,6 @@ def enable() -> None:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     _patch_tensor_methods()
     _patch_cuda_module()
-    if importlib.util.find_spec("triton") is None:
-        _stand_in_for_triton_kernels()
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()  # it does: it plays the GPU's
     )
@@ -124,15 +126,17 @@ def _patch_tensor_methods() -> None:
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _stand_in
         if args and _is_cuda(args[0]):
-            args = (_CPU, *args[1:])
+            args = (_stand_in, *args[1:])
         return original_to(self, *args, **kwargs)
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Megatron-Core's optimizers sort parameters by comparing with 'torch.cuda.FloatTensor'.
         result = original_type(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) and "cuda" not in result else result
+        if isinstance(result, str) and "cuda" not in result:
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.")
+        return result
 
     tensor.to, tensor.type = to, type_
     tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
@@ -148,7 +152,7 @@ def _patch_cuda_module() -> None:
     for name in ("set_device", "synchronize", "empty_cache", "_lazy_init"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.nvtx.range_push, cuda.nvtx.range_pop = (lambda *args: None), (lambda *args: None)
-    cuda.current_device = lambda: _CPU  # used as `device=torch.cuda.current_device()` everywhere
+    cuda.current_device = lambda: _stand_in  # used as `device=torch.cuda.current_device()` everywhere
     cuda.device_count = lambda: 1
     cuda.current_stream, cuda.default_stream = (lambda *args, **kwargs: stream), (lambda *args, **kwargs: stream)
     cuda.stream = lambda stream=None: contextlib.nullcontext()
@@ -159,15 +163,6 @@ def _patch_cuda_module() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(int(seed))
-
-
-def _stand_in_for_triton_kernels() -> None:
-    """0.19 imports triton from one leaf module at import time; none of its kernels runs on CPU."""
-    name = "megatron.core.transformer.moe.ops.paged_stash"
-    module: Any = types.ModuleType(name)
-    module.GLOBAL_BLOCK_SIZE = 1024
-    module.paged_stash_copy_kernel = module.paged_stash_pop_kernel = None
-    sys.modules[name] = module
 
 
 def patch_collectives() -> None:

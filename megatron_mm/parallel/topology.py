@@ -32,11 +32,14 @@ class Topology:
     dp_size: int
     first_stage: bool  # holds the encoder, the connector and the token embeddings
     last_stage: bool  # computes the loss
+    images_dealt: bool = True  # over the tensor-parallel ranks; False: each of them encodes all
 
     @property
     def image_share(self) -> tuple[int, int] | None:
         """Which part of a microbatch's images this rank decodes and encodes; None: it needs no pixels."""
-        return (self.tp_rank, self.tp_size) if self.first_stage else None
+        if not self.first_stage:
+            return None
+        return (self.tp_rank, self.tp_size) if self.images_dealt else (0, 1)
 
 
 def meet(launch: Launch) -> dist.Store:
@@ -88,10 +91,13 @@ def initialize(config: RunConfig, launch: Launch, store: dist.Store | None = Non
         timeout=COLLECTIVE_TIMEOUT,
     )
     p = config.parallel
+    virtual = p.virtual_pipeline_model_parallel_size
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=p.expert_model_parallel_size,
+        expert_tensor_parallel_size=p.expert_tp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     return Topology(
@@ -103,6 +109,7 @@ def initialize(config: RunConfig, launch: Launch, store: dist.Store | None = Non
         dp_size=mpu.get_data_parallel_world_size(),
         first_stage=mpu.is_pipeline_first_stage(),
         last_stage=mpu.is_pipeline_last_stage(),
+        images_dealt=not p.vision_tensor_parallel,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_mm.config import RunConfig, config_to_dict
 from megatron_mm.errors import UserError
-from megatron_mm.model.sharding import Piece, pieces
+from megatron_mm.model.sharding import Piece
 from megatron_mm.parallel.topology import all_max
 from megatron_mm.training.checkpoint_files import (
     CheckpointReader,
@@ -123,7 +123,7 @@ class Checkpointer:
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _boxes(self) -> list[_Box]:
-        model_pieces = list(pieces(self.trainer.model))
+        model_pieces = list(self.trainer.pieces())
         return [*_model_boxes(model_pieces), *_state_boxes(self.trainer, model_pieces)]
 
     def _make_plan(self) -> tuple[list[_Box], dict[str, Any]]:
@@ -292,7 +292,7 @@ def load_weights(trainer: "Trainer", directories: tuple[str, ...]) -> list[str]:
     readers = [read_tensors(d) for d in directories]
     missing = []
     with torch.no_grad():
-        for box in _model_boxes(list(pieces(trainer.model))):
+        for box in _model_boxes(list(trainer.pieces())):
             holding = [r for r in readers if box.name in r]
             if not holding:
                 missing.append(box.name)

@@ -230,8 +230,9 @@ def write_tensors(
     extra: dict[str, Any] | None = None,
     tokenizer: Path | None = None,
     max_file_bytes: int = 4 << 30,
+    step: int = 0,
 ) -> None:
-    """Write global tensors, for instance imported ones, as a checkpoint at step 0. One process; atomic."""
+    """Write global tensors, for instance imported ones, as a checkpoint. One process; atomic."""
     directory = Path(directory)
     if directory.exists():
         raise UserError("already there", where=str(directory), do="remove it, or name another folder")
@@ -255,7 +256,7 @@ def write_tensors(
         entries[name]["boxes"].append({**box, "shape": list(tensor.shape)})
         held[name] = tensor.contiguous()
     flush()
-    finish(temporary, directory, build_index(0, entries, files, extra or {}), config, tokenizer)
+    finish(temporary, directory, build_index(step, entries, files, extra or {}), config, tokenizer)
 
 
 def finish(temporary: Path, directory: Path, index: dict[str, Any], config: RunConfig, tokenizer: Path | None) -> None:

@@ -67,6 +67,8 @@ def build_optimizer(config: RunConfig, chunks: list[Any]) -> "MegatronOptimizer"
     )
     overrides: dict[Any, Any] = dict(get_standard_config_overrides(megatron))
     overrides[ParamKey(name="*connector.*")] = {"max_lr": connector_lr}
+    if o.vision_lr_scale != 1.0:
+        overrides[ParamKey(name="*vision.*")] = {"max_lr": lr * o.vision_lr_scale}
     return get_megatron_optimizer(megatron, chunks, config_overrides=overrides)
 
 

@@ -11,7 +11,7 @@ well, which image positions would inflate; here they keep their plain mean over 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 from megatron_mm.config import RunConfig, SequenceLayout
 from megatron_mm.model.build import build_model
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.model.sharding import Piece, pieces
 from megatron_mm.parallel.backend import device
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.parallel.versions import take_router_losses
 from megatron_mm.training.optimizer import build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class StepResult:
     source_tokens: list[int]  # text tokens that carry loss, by source
     positions: int  # of the sequences, padding included
     images: int
+    padding: float = 0.0  # share of the positions that hold nothing
+    image_imbalance: float = 1.0  # images of the slowest data-parallel rank over the mean, microbatch by microbatch
     grad_norm: float = 0.0  # before clipping
     learning_rate: float = 0.0
     expert_losses: dict[str, float] = field(default_factory=dict)  # load balance and z, means over MoE layers
@@ -49,33 +53,49 @@ class StepResult:
         return sum(self.source_tokens)
 
 
+def wrap(config: RunConfig, chunks: Sequence[MultimodalModel]) -> list[Any]:
+    """A rank's virtual stages in Megatron-Core's data-parallel wrapper, which holds parameters and gradients in common
+    buffers."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        average_in_collective=False,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        module: Any = chunk
+        if config.training.precision == "bf16":
+            module = Float16Module(chunk.transformer, module)
+        # Later chunks are small and reduced in one piece, as in Megatron-LM.
+        wrapped.append(DistributedDataParallel(chunk.transformer, ddp, module, disable_bucketing=number > 0))
+    return wrapped
+
+
 class Trainer:
     """The model wrapped for data parallelism, its optimizer, and the steps over them."""
 
     def __init__(self, config: RunConfig, topology: Topology, layout: SequenceLayout, num_sources: int) -> None:
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-        from megatron.core.transformer.module import Float16Module
-
         self.config, self.topology, self.layout, self.num_sources = config, topology, layout, num_sources
-        self.model: MultimodalModel = build_model(config)
-        self.transformer = self.model.transformer
-        wrapped: Any = self.model
-        if config.training.precision == "bf16":
-            wrapped = Float16Module(self.transformer, wrapped)
-        p = config.parallel
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=p.overlap_grad_reduce,
-            use_distributed_optimizer=p.distributed_optimizer,
-            average_in_collective=False,
-            check_for_nan_in_grad=True,
-        )
-        self.wrapped = DistributedDataParallel(self.transformer, ddp, wrapped)
-        self.optimizer = build_optimizer(config, [self.wrapped])
-        self.transformer.grad_scale_func = self.optimizer.scale_loss
-        self.transformer.finalize_model_grads_func = self._finalize_gradients
-        if p.overlap_grad_reduce:
-            self.transformer.no_sync_func = self.wrapped.no_sync
+        self.chunks: list[MultimodalModel] = build_model(config)
+        self.transformer = self.chunks[0].transformer
+        self.wrapped = wrap(config, self.chunks)
+        self.optimizer = build_optimizer(config, self.wrapped)
+        for chunk in self.chunks:
+            chunk.transformer.grad_scale_func = self.optimizer.scale_loss
+            chunk.transformer.finalize_model_grads_func = self._finalize_gradients
+            if config.parallel.overlap_grad_reduce:
+                no_sync = [wrapped.no_sync for wrapped in self.wrapped]
+                chunk.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Where this rank's parameters lie in the global model."""
+        for chunk in self.chunks:
+            yield from pieces(chunk)
 
     @property
     def microbatches_per_step(self) -> int:
@@ -92,7 +112,8 @@ class Trainer:
         finalize_model_grads(model, num_tokens, **kwargs)
         if self.topology.tp_size == 1:
             return
-        gradients: list[Tensor] = [p.main_grad for p in self.model.replicated_parameters()]  # type: ignore[attr-defined]
+        replicated = [p for chunk in self.chunks for p in chunk.replicated_parameters()]
+        gradients: list[Tensor] = [p.main_grad for p in replicated]  # type: ignore[attr-defined]
         if gradients:
             flat = torch._utils._flatten_dense_tensors(gradients)
             dist.all_reduce(flat, group=mpu.get_tensor_model_parallel_group())
@@ -121,13 +142,15 @@ class Trainer:
             batch = next(batches_left)
             return model(batch, self.layout), functools.partial(loss_of, batch)
 
+        micro = self.config.training.micro_batch_size
+        iterators = [iter(batches) for _ in self.wrapped]  # each virtual stage goes through the same microbatches
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.wrapped],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
             num_microbatches=len(batches),
-            seq_length=self.layout.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
+            seq_length=self.layout.seq_length * (micro if self.chunks[0].packed else 1),
+            micro_batch_size=1 if self.chunks[0].packed else micro,
             forward_only=forward_only,
         )
         # One sum over the world tells every rank: the last stage's first tensor-parallel ranks hold the losses.
@@ -135,20 +158,29 @@ class Trainer:
             totals.zero_()
         dist.all_reduce(totals)
         loss, tokens = totals.tolist()
-        images = torch.tensor(sum(b.num_images for b in batches), device=device())
-        dist.all_reduce(images, group=mpu.get_data_parallel_group())
+        # Data-parallel ranks go through their microbatches side by side: who has most images at a time sets the pace.
+        images = torch.tensor([b.num_images for b in batches], device=device())
+        most = images.clone()
+        padding = torch.stack([(b.documents < 0).sum() for b in batches]).sum()
+        counts = torch.cat([images, padding.view(1)])
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
+        total, positions = int(counts[:-1].sum()), len(batches) * self.topology.dp_size * batches[0].tokens.numel()
         return StepResult(
             loss=sum(loss) / max(1.0, sum(tokens)),
             source_losses=[s / max(1.0, n) for s, n in zip(loss, tokens, strict=True)],
             source_tokens=[round(n) for n in tokens],
-            positions=len(batches) * self.topology.dp_size * batches[0].tokens.numel(),
-            images=int(images.item()),
+            positions=positions,
+            images=total,
+            padding=int(counts[-1]) / positions,
+            image_imbalance=int(most.sum()) * self.topology.dp_size / total if total else 1.0,
         )
 
     def forward_backward(self, batches: Sequence["Microbatch"]) -> StepResult:
         """Gradients of one global batch in `main_grad`, reduced over all ranks; nothing is updated."""
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
@@ -165,33 +197,24 @@ class Trainer:
         )
 
     def _expert_losses(self, microbatches: int) -> dict[str, float]:
-        """Megatron-Core's record of the routers' auxiliary losses in this step, without their coefficients.
-
-        Its record of the z-loss is each rank's own, so the mean over tensor- and data-parallel ranks is taken here.
-        """
-        moe = self.config.model.decoder.moe
-        if moe is None:
+        """The routers' auxiliary losses in this step, without their coefficients: means over layers with experts."""
+        if self.config.model.decoder.moe is None:
             return {}
-        from megatron.core import parallel_state as mpu
-        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
-
-        totals: dict[str, Tensor] = {}
-        track_moe_metrics(
-            loss_scale=1 / microbatches,
-            iteration=0,
-            total_loss_dict=totals,
-            force_initialize=True,
-            track_names=["load_balancing_loss", "z_loss"],
-            num_layers=self.transformer.num_layers,
-            moe_layer_freq=self.transformer.moe_layer_freq,
-        )
-        group = mpu.get_tensor_and_data_parallel_group()
-        values = torch.stack([value.float() for value in totals.values()])
-        dist.all_reduce(values, group=group)
-        return {f"moe/{name}": value / group.size() for name, value in zip(totals, values.tolist(), strict=True)}
+        own = take_router_losses()
+        # A rank records its share of its tensor-parallel group's load balance, and the mean z loss of its own tokens.
+        dp, tp = self.topology.dp_size, self.topology.tp_size
+        averaged = {"load_balancing_loss": dp, "z_loss": dp * tp}
+        totals = torch.zeros(len(averaged), dtype=torch.float64, device=device())
+        for i, (name, ranks) in enumerate(averaged.items()):
+            if name in own:  # not on a stage without experts
+                totals[i] = own[name].sum() / (ranks * microbatches)
+        dist.all_reduce(totals)
+        layers = sum(self.transformer.moe_layer_freq)
+        return {f"moe/{name}": total / layers for name, total in zip(averaged, totals.tolist(), strict=True)}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:
         """The loss of one global batch, without gradients."""
-        self.wrapped.eval()
+        for wrapped in self.wrapped:
+            wrapped.eval()
         return self._run(batches, forward_only=True)

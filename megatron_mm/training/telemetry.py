@@ -48,6 +48,8 @@ class Telemetry:
         self.data_seconds += data_seconds
         self.positions += result.positions
         self.images += result.images
+        self.padding += result.padding
+        self.imbalance += result.image_imbalance
         for i, (loss, tokens) in enumerate(zip(result.source_losses, result.source_tokens, strict=True)):
             self.loss_sums[i] += loss * tokens
             self.text_tokens[i] += tokens
@@ -69,6 +71,8 @@ class Telemetry:
             "text_tokens": sum(self.text_tokens) / steps,
             "seconds_per_step": seconds / steps,
             "data_wait": self.data_seconds / seconds,
+            "padding": self.padding / steps,
+            "image_imbalance": self.imbalance / steps,
         }
         self.write(step, metrics)
         eta = (now - self.begun) / (step - self.start_step) * (total - step)
@@ -85,6 +89,7 @@ class Telemetry:
     def _reset(self) -> None:
         """Begin an interval between two lines."""
         self.data_seconds, self.positions, self.images = 0.0, 0, 0
+        self.padding = self.imbalance = 0.0
         self.loss_sums, self.text_tokens = [0.0] * len(self.source_names), [0] * len(self.source_names)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:

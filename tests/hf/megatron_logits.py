@@ -26,11 +26,12 @@ def main() -> None:
     trainer = Trainer(config, topology, data.layout, len(data.source_names))
     assert Checkpointer(config, trainer, data.tokenizer.path).load_latest() > 0
     stored = {}
-    trainer.model.eval()
+    (model,) = trainer.chunks
+    model.eval()
     for source in range(len(data.source_names)):
         batch = next(data.validation_loader(source, 0, 1, (0, 1)))
         with torch.no_grad():
-            logits = trainer.model(batch, data.layout, return_logits=True)  # [b, s, vocab]
+            logits = model(batch, data.layout, return_logits=True)  # [b, s, vocab]
         for name in ("tokens", "documents", "images", "loss_mask"):
             stored[f"{source}.{name}"] = getattr(batch, name).contiguous()
         stored[f"{source}.logits"] = logits.float().contiguous()

@@ -19,8 +19,26 @@ MOE = {"num_experts": 4, "topk": 2, "layer_freq": 2}
 
 RUNS = {
     "qwen3-dp2": (2, {}, {}),
-    "llama-tp2-pp2": (4, {"parallel": TP2_PP2}, {"model__decoder__family": "llama"}),
-    "qwen3-moe-ep2-tp2": (4, {"parallel": EP2_TP2}, {"model__decoder__moe": MOE}),
+    "llama-tp2-pp2": (
+        4,
+        {"parallel": TP2_PP2},
+        {
+            "model__decoder__family": "llama",
+            "model__vision__family": "siglip",
+            "model__vision__num_layers": 2,
+            "model__vision__feature_layer": -2,
+            "model__connector__kind": "attention_pool",
+        },
+    ),
+    "qwen3-moe-ep2-tp2": (
+        4,
+        {"parallel": EP2_TP2},
+        {
+            "model__decoder__moe": MOE,
+            "model__vision__family": "dinov2",
+            "model__connector__kind": "pixel_shuffle_mlp",
+        },
+    ),
 }
 
 

@@ -1,6 +1,9 @@
 """One rank of a layout test: loss and gradients of one step on synthetic batches, written to safetensors.
 
-    python tests/parallel/one_step.py CONFIG.yaml OUT_DIR
+    python tests/parallel/one_step.py CONFIG.yaml OUT_DIR [--packed]
+
+--packed runs the form that Transformer Engine's attention takes (rows end to end, told the documents' borders) through
+the local layers: a mask stands for the borders.
 
 For each variant (images on all, on some, on no ranks) rank r writes OUT_DIR/VARIANT.r.safetensors, with this rank's
 boxes of the gradients keyed NAME@OFFSET, and rank 0 writes OUT_DIR/VARIANT.json with the loss and the gradient norm.
@@ -14,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
-from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.sharding import pieces
+from megatron_mm.data.batch import Microbatch, share_of
+from megatron_mm.model.attention import attention_mask
 from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import Topology, initialize, shut_down
 from megatron_mm.training.checkpoint import flat_range_boxes
@@ -60,8 +63,7 @@ def microbatch(
     rows = [sequence(config, layout, n, counts[n]) for n in numbers]
     stacked = {k: torch.stack([r[k] for r in rows]) for k in ("tokens", "labels", "loss_mask", "documents")}
     pixels = torch.cat([r["images"] for r in rows])
-    share = max(1, -(-len(pixels) // topology.tp_size))
-    mine = pixels[topology.tp_rank * share : (topology.tp_rank + 1) * share]
+    mine = pixels[share_of(len(pixels), *(topology.image_share or (0, 1)))]
     return Microbatch(
         **stacked,
         position_ids=torch.arange(layout.seq_length).expand(len(rows), -1),
@@ -75,7 +77,7 @@ def microbatch(
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What this rank holds of the reduced gradients: its shard under the distributed optimizer, else all."""
     by_parameter: dict[int, list] = {}
-    for piece in pieces(trainer.model):
+    for piece in trainer.pieces():
         by_parameter.setdefault(id(piece.parameter), []).append(piece)
     found = {}
     for part in state_parts(trainer.optimizer):
@@ -89,11 +91,21 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
+def borders_as_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    starts = kwargs.pop("packed_seq_params").cu_seqlens_q
+    numbers = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    return args, {**kwargs, "attention_mask": attention_mask(numbers.unsqueeze(0))}
+
+
 def main() -> None:
     config, out = load_config(sys.argv[1]), Path(sys.argv[2])
     topology = initialize(config, launch())
     layout = layout_of(config)
     trainer = Trainer(config, topology, layout, SOURCES)
+    if "--packed" in sys.argv:
+        for chunk in trainer.chunks:
+            chunk.packed = True
+            chunk.language_model.register_forward_pre_hook(borders_as_mask, with_kwargs=True)
     size = config.training.micro_batch_size
     for variant, counts in VARIANTS.items():
         bins = [list(range(i, i + size)) for i in range(0, config.training.global_batch_size, size)]
@@ -101,6 +113,7 @@ def main() -> None:
         result = trainer.forward_backward([microbatch(config, layout, counts, b, topology) for b in mine])
         save_file(gradients(trainer), out / f"{variant}.{topology.rank}.safetensors")
         record = {"loss": result.loss, "source_losses": result.source_losses, "images": result.images}
+        record |= {"padding": result.padding, "image_imbalance": result.image_imbalance}
         trainer.optimizer.prepare_grads()
         record["grad_norm"] = float(trainer.optimizer.get_grad_norm())
         if topology.rank == 0:

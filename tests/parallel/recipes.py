@@ -19,13 +19,24 @@ MODEL: dict[str, Any] = {
 MOE = {"num_experts": 4, "topk": 2, "layer_freq": 2}
 
 
-def write_config(path: Path, run_dir: Path, parallel: dict[str, Any], moe: bool = False, **training: Any) -> Path:
+def write_config(
+    path: Path,
+    run_dir: Path,
+    parallel: dict[str, Any],
+    moe: bool = False,
+    vision: dict[str, Any] | None = None,
+    **training: Any,
+) -> Path:
     """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2."""
     tokenizer = path.with_name("tokenizer.model")
     tokenizer.write_bytes(b"not read by these tests")
     config = {
         "run_dir": str(run_dir),
-        "model": {**MODEL, "decoder": {**MODEL["decoder"], "moe": MOE if moe else None}},
+        "model": {
+            **MODEL,
+            "vision": {**MODEL["vision"], **(vision or {})},
+            "decoder": {**MODEL["decoder"], "moe": MOE if moe else None},
+        },
         "parallel": parallel,
         "data": {"tokenizer": str(tokenizer), "sources": [{"path": "none", "weight": 1}], "seq_length": 48},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},

@@ -16,6 +16,10 @@ TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "
 EP2_TP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "sequence_parallel": True}
 
 
+EXPERT_TP1 = {**EP2_TP2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+VIRTUAL = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
+
 def train(
     tmp: Path, name: str, world: int, parallel: dict, *overrides: str, moe: bool = False, **training: object
 ) -> Path:
@@ -43,11 +47,17 @@ def same(a: Path, b: Path) -> None:
         (2, {}, False, "fp32"),
         (2, {"distributed_optimizer": False}, False, "bf16"),
         (4, EP2_TP2, True, "bf16"),
+        (2, VIRTUAL, False, "bf16"),
     ],
-    ids=["dp2", "dp2-bf16-no-distributed-optimizer", "ep2-tp2-bf16"],
+    ids=["dp2", "dp2-bf16-no-distributed-optimizer", "ep2-tp2-bf16", "virtual-stages-frozen-encoder"],
 )
-def test_resume_is_bit_identical(tmp_path: Path, world: int, parallel: dict, moe: bool, precision: str) -> None:
-    whole = train(tmp_path, "whole", world, parallel, "checkpoint.interval=4", moe=moe, steps=4, precision=precision)
+def test_resume_is_bit_identical(
+    tmp_path: Path, world: int, parallel: dict, moe: bool, precision: str, request: pytest.FixtureRequest
+) -> None:
+    frozen = {"frozen": ["vision"]} if "frozen" in request.node.callspec.id else {}
+    whole = train(
+        tmp_path, "whole", world, parallel, "checkpoint.interval=4", moe=moe, steps=4, precision=precision, **frozen
+    )
     parts = train(
         tmp_path,
         "parts",
@@ -58,11 +68,18 @@ def test_resume_is_bit_identical(tmp_path: Path, world: int, parallel: dict, moe
         moe=moe,
         steps=4,
         precision=precision,
+        **frozen,
     )
     shutil.rmtree(step_directory(parts, 4))  # as if the run had died after step 2
-    train(tmp_path, "parts", world, parallel, "checkpoint.interval=2", moe=moe, steps=4, precision=precision)
+    train(tmp_path, "parts", world, parallel, "checkpoint.interval=2", moe=moe, steps=4, precision=precision, **frozen)
     assert "resumed after step 2" in (tmp_path / "parts.logs" / "rank-0.log").read_text()
     same(step_directory(whole, 4), step_directory(parts, 4))
+    if frozen:  # it neither moved nor has it moments
+        first, last = tensors(step_directory(parts, 2)), tensors(step_directory(parts, 4))
+        vision = [name for name in first if "vision." in name]
+        assert vision
+        assert all(name.startswith("vision.") and torch.equal(first[name], last[name]) for name in vision)
+        assert not torch.equal(first["connector.fc1.weight"], last["connector.fc1.weight"])
 
 
 @pytest.mark.parametrize(
@@ -70,8 +87,9 @@ def test_resume_is_bit_identical(tmp_path: Path, world: int, parallel: dict, moe
     [
         (False, [(4, TP2_PP2), (1, {"distributed_optimizer": False}), (2, {})]),
         (True, [(4, EP2_TP2), (1, {}), (2, {"expert_model_parallel_size": 2})]),
+        (True, [(4, EXPERT_TP1), (2, VIRTUAL)]),
     ],
-    ids=["dense", "experts"],
+    ids=["dense", "experts", "virtual-stages"],
 )
 def test_any_layout_reads_any_other(tmp_path: Path, moe: bool, layouts: list) -> None:
     """A state trained in the first layout passes through the others: parameters and moments stay bit-equal."""

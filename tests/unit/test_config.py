@@ -51,6 +51,23 @@ def test_defaults_are_golden() -> None:
     assert dump_yaml(config_from_dict(MINIMAL)) == GOLDEN.read_text()
 
 
+@pytest.mark.parametrize(
+    ("family", "activation", "epsilon", "mean", "positions"),
+    [
+        ("clip", "quick_gelu", 1e-5, 0.48145466, 17),
+        ("siglip", "gelu_tanh", 1e-6, 0.5, 16),
+        ("dinov2", "gelu", 1e-6, 0.485, 17),
+    ],
+)
+def test_an_encoder_family_brings_its_values(minimal, family, activation, epsilon, mean, positions) -> None:
+    """And a field that is set stays: a resolved config does not depend on the family's table again."""
+    vision = load_config(minimal, [f"model.vision.family={family}"]).model.vision
+    assert (vision.activation, vision.layernorm_epsilon, vision.image_mean[0]) == (activation, epsilon, mean)
+    assert vision.num_positions == positions
+    vision = load_config(minimal, [f"model.vision.family={family}", "model.vision.layernorm_epsilon=0.1"]).model.vision
+    assert (vision.activation, vision.layernorm_epsilon) == (activation, 0.1)
+
+
 def test_round_trip_through_yaml(minimal: Path, tmp_path: Path) -> None:
     config = load_config(
         minimal,
@@ -114,7 +131,15 @@ BAD = [
     # shapes
     (["model.vision.image_size=36"], "model.vision.image_size", "32 or 40"),
     (["model.vision.hidden_size=33"], "model.vision.hidden_size", "32 or 34"),
-    (["model.connector.num_tokens=15"], "model.connector.num_tokens", "16 or 25"),
+    (["model.connector.num_tokens=15"], "model.connector.num_tokens", "9 or 16"),
+    (
+        ["model.connector.kind=pixel_shuffle_mlp", "model.connector.num_tokens=9"],
+        "model.connector.num_tokens",
+        "1, 4, 16",
+    ),
+    (["model.connector.kind=attention_pool", "model.connector.hidden_size=100"], "model.connector.hidden_size", "64"),
+    (["model.vision.feature_layer=-3"], "model.vision.feature_layer", "-2 to -1"),
+    (["model.vision.feature_layer=0"], "model.vision.feature_layer", "-2 to -1"),
     (["model.decoder.num_attention_heads=6"], "model.decoder.hidden_size", "60 or 66"),
     (["model.decoder.num_query_groups=3"], "model.decoder.num_attention_heads", "3 or 6"),
     (["model.decoder.kv_channels=15"], "model.decoder.kv_channels", "even"),
@@ -136,7 +161,7 @@ BAD = [
     (
         [MOE, f"{TP}=2", "parallel.sequence_parallel=true", "model.decoder.moe.ffn_hidden_size=33"],
         "model.decoder.moe.ffn_hidden_size",
-        TP,
+        "parallel.expert_tensor_parallel_size",
     ),
     # data and batch
     (["data.sources=[]"], "data.sources", "nothing to train on"),

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_mm.data.ingest import BadRecord, Record
 from megatron_mm.data.ingest.build import build_source
-from megatron_mm.data.ingest.workers import Processes
 from megatron_mm.data.ingest.jsonl import JSONLines, read_texts
+from megatron_mm.data.ingest.workers import Processes
 from megatron_mm.data.source import Source, verify_source
 from megatron_mm.errors import UserError
 from tests.unit.data.conftest import image_name, write_jsonl

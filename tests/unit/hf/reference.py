@@ -1,6 +1,6 @@
 """The model once more, in float64 and from Megatron's weights alone: an oracle that shares no code with the export.
 
-Only the C-Abstractor is the package's own; it has its own tests. Attention is written per query group, rows of the
+Only the connector is the package's own; it has its own tests. Attention is written per query group, rows of the
 joint projection being [query heads of the group, key, value], as Megatron-Core defines it.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mm.config import RunConfig
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.connector import build_connector
 
 Weights = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ def logits(run: RunConfig, tensors: Weights, tokens: Tensor, pixels: Tensor, ima
 
 def image_embeddings(run: RunConfig, w: Weights, pixels: Tensor) -> Tensor:
     v = run.model.vision
-    connector = CAbstractor(run.model.connector, v.hidden_size, v.grid, run.model.decoder.hidden_size).double()
+    connector = build_connector(run.model.connector, v.hidden_size, v.grid, run.model.decoder.hidden_size).double()
     connector.load_state_dict({n.removeprefix("connector."): t for n, t in w.items() if n.startswith("connector.")})
     with torch.no_grad():
         return connector(vision_features(run, w, pixels))
@@ -50,7 +50,11 @@ def vision_features(run: RunConfig, w: Weights, pixels: Tensor) -> Tensor:
     n, p, g = len(pixels), v.patch_size, v.grid
     patches = pixels.view(n, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(n, g * g, 3 * p * p)
     x = patches @ w["vision.conv1.weight"].flatten(1).T
-    x = torch.cat([w["vision.class_token"].expand(n, 1, -1), x], 1) + w["vision.position_embeddings.weight"]
+    if v.family != "clip":
+        x = x + w["vision.conv1.bias"]
+    if v.family != "siglip":
+        x = torch.cat([w["vision.class_token"].expand(n, 1, -1), x], 1)
+    x = x + w["vision.position_embeddings.weight"]
 
     def norm(name: str, x: Tensor) -> Tensor:
         return layer_norm(x, w[f"vision.{name}.weight"], w[f"vision.{name}.bias"], v.layernorm_epsilon)
@@ -58,9 +62,10 @@ def vision_features(run: RunConfig, w: Weights, pixels: Tensor) -> Tensor:
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ w[f"vision.{name}.weight"].T + w[f"vision.{name}.bias"]
 
-    x = norm("ln_pre", x)
+    if v.family == "clip":
+        x = norm("ln_pre", x)
     width = v.hidden_size // v.num_attention_heads
-    for i in range(v.num_layers):
+    for i in range(v.num_layers + 1 + v.feature_layer):
         layer = f"decoder.layers.{i}"
         joint = linear(f"{layer}.self_attention.linear_qkv", norm(f"{layer}.input_layernorm", x))
         heads = []
@@ -69,8 +74,18 @@ def vision_features(run: RunConfig, w: Weights, pixels: Tensor) -> Tensor:
             heads.append((q @ k.transpose(1, 2) / math.sqrt(width)).softmax(-1) @ value)
         x = x + linear(f"{layer}.self_attention.linear_proj", torch.cat(heads, -1))
         y = linear(f"{layer}.mlp.linear_fc1", norm(f"{layer}.pre_mlp_layernorm", x))
-        x = x + linear(f"{layer}.mlp.linear_fc2", y * torch.sigmoid(1.702 * y))
-    return x[:, 1:]
+        x = x + linear(f"{layer}.mlp.linear_fc2", activation(v.activation, y))
+    if v.family != "clip" and v.feature_layer == -1:
+        x = norm("ln_post", x)
+    return x if v.family == "siglip" else x[:, 1:]
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    if name == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def decoder_attention(run: RunConfig, w: Weights, layer: str, x: Tensor, angles: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mm.config import RunConfig, config_from_dict
 from megatron_mm.data import tokenizer
-from megatron_mm.model.connector import CAbstractor
+from megatron_mm.model.connector import build_connector
 
 VARIANTS = {
     "qwen3": {},
@@ -20,6 +20,14 @@ VARIANTS = {
     "llama": {"family": "llama"},
     "qwen3 moe": {"num_query_groups": 1, "moe": {"num_experts": 4, "layer_freq": 2, "ffn_hidden_size": 16}},
     "mixtral": {"family": "llama", "num_query_groups": 2, "moe": {"num_experts": 3, "layer_freq": 1}},
+    "siglip": {}, "siglip second last": {}, "dinov2": {}, "average pool": {}, "attention pool": {},
+}  # fmt: skip
+PARTS: dict[str, dict[str, dict[str, object]]] = {
+    "siglip": {"vision": {"family": "siglip"}},
+    "siglip second last": {"vision": {"family": "siglip", "feature_layer": -2, "activation": "gelu"}},
+    "dinov2": {"vision": {"family": "dinov2", "ffn_hidden_size": 48}},
+    "average pool": {"connector": {"kind": "average_pool"}},
+    "attention pool": {"connector": {"kind": "attention_pool", "hidden_size": 128}},
 }
 
 
@@ -45,9 +53,11 @@ def run_config(variant: str = "qwen3", **decoder: object) -> RunConfig:
             "model": {
                 "vision": {
                     "num_layers": 2, "hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 40,
-                    "patch_size": 4, "image_size": 28,
+                    "patch_size": 4, "image_size": 28, **PARTS.get(variant, {}).get("vision", {}),
                 },
-                "connector": {"num_tokens": 9, "hidden_size": 16, "depth": 2},
+                "connector": {
+                    "num_tokens": 9, "hidden_size": 16, "depth": 2, **PARTS.get(variant, {}).get("connector", {}),
+                },
                 "decoder": {
                     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 4,
                     "ffn_hidden_size": 40, "vocab_size": 336, "rotary_base": 500.0, **VARIANTS[variant], **decoder,
@@ -65,12 +75,17 @@ def megatron_tensors(run: RunConfig, seed: int = 0) -> dict[str, Tensor]:
     h, f = v.hidden_size, v.ffn_hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "vision.conv1.weight": (h, 3, v.patch_size, v.patch_size),
-        "vision.class_token": (1, 1, h),
-        "vision.position_embeddings.weight": (1 + v.grid**2, h),
-        "vision.ln_pre.weight": (h,),
-        "vision.ln_pre.bias": (h,),
+        "vision.position_embeddings.weight": (v.grid**2 + (v.family != "siglip"), h),
     }
-    for i in range(v.num_layers):
+    if v.family != "clip":
+        shapes["vision.conv1.bias"] = (h,)
+    if v.family != "siglip":
+        shapes["vision.class_token"] = (1, 1, h)
+    if v.family == "clip":
+        shapes["vision.ln_pre.weight"] = shapes["vision.ln_pre.bias"] = (h,)
+    elif v.feature_layer == -1:
+        shapes["vision.ln_post.weight"] = shapes["vision.ln_post.bias"] = (h,)
+    for i in range(v.num_layers + 1 + v.feature_layer):
         layer = f"vision.decoder.layers.{i}"
         for name, out, inner in (
             ("self_attention.linear_qkv", 3 * h, h), ("self_attention.linear_proj", h, h),
@@ -79,7 +94,7 @@ def megatron_tensors(run: RunConfig, seed: int = 0) -> dict[str, Tensor]:
             shapes[f"{layer}.{name}.weight"], shapes[f"{layer}.{name}.bias"] = (out, inner), (out,)
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
             shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (h,)
-    for name, parameter in CAbstractor(c, h, v.grid, d.hidden_size).named_parameters():
+    for name, parameter in build_connector(c, h, v.grid, d.hidden_size).named_parameters():
         shapes[f"connector.{name}"] = tuple(parameter.shape)
     h, f, k = d.hidden_size, d.ffn_hidden_size, d.head_dim
     shapes["language_model.embedding.word_embeddings.weight"] = (d.vocab_size, h)
@@ -107,7 +122,7 @@ def megatron_tensors(run: RunConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator)
-    norm = "norm" in name or "ln_pre" in name
+    norm = "norm" in name or "ln_p" in name
     return 1 + 0.3 * noise if norm and name.endswith("weight") else 0.3 * noise
 
 

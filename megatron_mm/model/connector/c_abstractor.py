@@ -2,61 +2,37 @@
 
     learned positions + features → RegStage → adaptive average pooling to √M × √M → RegStage → Linear, SiLU, Linear
 
-Plain torch, shared by the trained model and by the exported one. A RegStage is timm's: RegNet bottlenecks of ratio 1
-with depthwise 3×3 convolutions, squeeze-and-excite 0.25, LayerNorm over channels and SiLU.
+A RegStage is timm's: RegNet bottlenecks of ratio 1 with depthwise 3×3 convolutions, squeeze-and-excite 0.25, LayerNorm
+over channels and SiLU.
 """
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mm.errors import UserError
+from megatron_mm.model.connector.base import Connector, ConnectorShape
 
 NORM_EPSILON = 1e-6  # LayerNorm2d's in timm
 
 
-class ConnectorShape(Protocol):
-    """What is read of `megatron_mm.config.ConnectorConfig`, or of the exported model's configuration."""
+class CAbstractor(Connector):
+    """Locality kept by convolutions, any grid (it need not be a multiple of √num_tokens).
 
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-
-
-class CAbstractor(nn.Module):
-    """[n, grid², vision_hidden] patch features, row by row and without class token → [n, num_tokens, output_size].
+    Reads num_tokens, hidden_size (of both stages) and depth (blocks a stage).
 
     Initialisation: convolutions He-normal by fan-out (timm's RegNet), linear layers and positions normal with
     `init_std`, biases zero. No branch starts at zero: the readout needs every path's gradient from the first step.
-
-    Args:
-        config: num_tokens (a square number), hidden_size (of both stages), depth (blocks a stage).
-        vision_hidden: width of the patch features.
-        grid: patches along one side; need not be a multiple of √num_tokens.
-        output_size: width of the decoder.
-        init_std: of linear layers and positions.
     """
 
     def __init__(
         self, config: ConnectorShape, vision_hidden: int, grid: int, output_size: int, init_std: float = 0.02
     ) -> None:
-        super().__init__()
-        side = math.isqrt(config.num_tokens)
-        if side * side != config.num_tokens:
-            raise UserError(
-                "must be a square number", where="connector.num_tokens", found=config.num_tokens,
-                allowed=f"for example {side**2} or {(side + 1) ** 2}",
-            )  # fmt: skip
-        self.grid, self.init_std = grid, init_std
+        super().__init__(config, vision_hidden, grid, output_size, init_std)
         self.position_embedding = nn.Parameter(torch.empty(1, grid * grid, vision_hidden))
         self.stage1 = _stage(config.depth, vision_hidden, config.hidden_size)
-        self.pool = nn.AdaptiveAvgPool2d(side)
+        self.pool = nn.AdaptiveAvgPool2d(self.side)
         self.stage2 = _stage(config.depth, config.hidden_size, config.hidden_size)
         self.fc1 = nn.Linear(config.hidden_size, output_size)
         self.fc2 = nn.Linear(output_size, output_size)
@@ -64,7 +40,6 @@ class CAbstractor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial weights anew from torch's generator, always in the same order."""
         nn.init.normal_(self.position_embedding, std=self.init_std)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -78,8 +53,7 @@ class CAbstractor(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        # [n, grid², c] seen as [n, c, grid, grid] is in channels-last memory: nothing is copied here or in the norms.
-        x = (features + self.position_embedding).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        x = self.as_grid(features + self.position_embedding)
         x = self.stage2(self.pool(self.stage1(x)))
         return self.fc2(F.silu(self.fc1(x.flatten(2).transpose(1, 2))))
 

@@ -1,0 +1,43 @@
+"""How attention is kept inside documents: a mask for the local layers, document borders for Transformer Engine's.
+
+RoPE is relative, so positions need not restart with a document for its attention to be that of the document alone.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+def attention_mask(documents: Tensor) -> Tensor:
+    """int [b, s] document numbers → bool [b, 1, s, s], True where attention is NOT allowed (Megatron's sense)."""
+    s = documents.shape[1]
+    causal = torch.ones(s, s, dtype=torch.bool, device=documents.device).tril()
+    same = documents.unsqueeze(1) == documents.unsqueeze(2)
+    return ~(same & causal).unsqueeze(1)
+
+
+def document_starts(documents: Tensor) -> Tensor:
+    """int [b, s] document numbers → int32 [n + 1]: where each document starts among the b·s positions of all rows, one
+    after the other, and their end. A row's padding counts as a document of its own: nothing else sees it."""
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = first.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([documents.numel()])]).to(torch.int32)
+
+
+def packed_documents(starts: Tensor, seq_length: int) -> "PackedSeqParams":
+    """What Transformer Engine's attention is told. `seq_length` bounds a document's length: the exact longest one would
+    make the host wait for the device."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+    )
