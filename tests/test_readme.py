@@ -22,7 +22,7 @@ import yaml
 from tests.tiny import tiny_run
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 BY_NAME = {str(page.relative_to(ROOT)): page for page in PAGES}
 
 

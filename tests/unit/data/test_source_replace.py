@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mm.data.ingest.images import store
 from megatron_mm.data.source import Source, SourceWriter, verify_source
-from megatron_mm.data.source_writer import settle
+from megatron_mm.data.source_place import settle
 from megatron_mm.errors import UserError
 from tests.unit.data.test_ingest import ROOT
 from tests.unit.data.test_source import write
@@ -104,7 +104,7 @@ def test_a_reader_that_may_not_write_is_told(prefix, monkeypatch):
 
 def test_a_living_writer_is_not_helped(prefix):
     """While it holds its lock it puts its files in place itself."""
-    script = f"from megatron_mm.data.source_writer import settle; settle({str(prefix)!r})"
+    script = f"from megatron_mm.data.source_place import settle; settle({str(prefix)!r})"
     with Path(f"{prefix}.manifest.json.next").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         waiting = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
