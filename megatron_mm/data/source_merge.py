@@ -16,7 +16,8 @@ import numpy as np
 from megatron_mm.data.source import read_manifest
 from megatron_mm.data.source_blocks import Block
 from megatron_mm.data.source_files import CODES, HEADER, MAGIC, META, file_of
-from megatron_mm.data.source_writer import SourceWriter, settle
+from megatron_mm.data.source_place import settle
+from megatron_mm.data.source_writer import SourceWriter
 from megatron_mm.data.storage import LocalStorage, is_remote
 from megatron_mm.errors import UserError
 

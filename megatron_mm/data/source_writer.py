@@ -18,11 +18,9 @@ from megatron_mm.config import Kind
 from megatron_mm.data.ingest.images import StoredImage
 from megatron_mm.data.source_blocks import Block
 from megatron_mm.data.source_files import CODES, HEADER, MAGIC, MANIFEST, META, SCHEMA, file_of
+from megatron_mm.data.source_place import PARTIAL, put_in_place, same_file, settle
 from megatron_mm.errors import UserError
 
-_PARTIAL = ".partial"
-_NEXT = MANIFEST + ".next"  # the manifest while its files are put in place
-_OPTIONAL = ("image.bin", "image.idx", "loss.bin", "loss.idx")
 _IN_MEMORY = 1 << 22  # bytes of a column, before it goes to a temporary file; and of one that are read at once
 _ROWS = 1 << 20
 
@@ -145,7 +143,7 @@ class SourceWriter:
         self._lock: BinaryIO | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = file_of(prefix, MANIFEST + _PARTIAL).open("ab")
+            self._lock = file_of(prefix, MANIFEST + PARTIAL).open("ab")
             self._take_lock()
             settle(prefix)
             self._text, self._images = self._open("text.bin"), self._open("image.bin")
@@ -160,7 +158,7 @@ class SourceWriter:
         assert self._lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _same_file(self._lock):  # its holder has just finished or given up
+            if not same_file(self._lock):  # its holder has just finished or given up
                 raise BlockingIOError
         except BlockingIOError:
             self._lock.close()
@@ -170,7 +168,7 @@ class SourceWriter:
             return  # a file system without locks
 
     def _open(self, part: str) -> _DigestingFile:
-        self._files[part] = _DigestingFile(file_of(self.prefix, part + _PARTIAL))
+        self._files[part] = _DigestingFile(file_of(self.prefix, part + PARTIAL))
         return self._files[part]
 
     def _failed(self, error: OSError) -> UserError:
@@ -192,7 +190,7 @@ class SourceWriter:
         for column in (self._lengths, self._image_sizes, self._image_ends, self._loss_sizes, self._meta):
             column.close()
         if self._lock:
-            file_of(self.prefix, MANIFEST + _PARTIAL).unlink(missing_ok=True)
+            file_of(self.prefix, MANIFEST + PARTIAL).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
@@ -322,16 +320,14 @@ class SourceWriter:
             "files": {part: file.close() for part, file in sorted(self._files.items())},
             "made": made,
         }
-        partial = file_of(self.prefix, MANIFEST + _PARTIAL)
+        partial = file_of(self.prefix, MANIFEST + PARTIAL)
         with partial.open("wb") as file:
             file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        # From this name on the new source stands: whatever happens now, its files are kept and will be put in place.
         parts = list(self._files)
-        os.replace(partial, file_of(self.prefix, _NEXT))
-        self._files.clear()
-        _put_in_place(self.prefix, parts)
+        self._files.clear()  # they are not to be discarded any more
+        put_in_place(self.prefix, parts)
         return manifest
 
     def _write_index(self, part: str, dtype: np.dtype, lengths: _Column, document_ends: _Column | None = None) -> None:
@@ -360,65 +356,3 @@ class SourceWriter:
 def all_trained(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Loss ranges of documents that are trained on throughout: int32 [d, 2], and how many each has, int64 [d]."""
     return np.stack([np.ones_like(lengths), lengths], axis=1).astype("<i4"), np.ones(len(lengths), dtype="<i8")
-
-
-def _put_in_place(prefix: str | Path, parts: Sequence[str], again: bool = False) -> None:
-    """All bytes are on the disk; only names change now. No manifest names a mix of two sources at any time: the older
-    one goes first, the new one has another name until the end, where `settle` finds it.
-
-    Args:
-        again: after a kill, so that some names may have changed already.
-    """
-    _sync_names(prefix)
-    file_of(prefix, MANIFEST).unlink(missing_ok=True)
-    for part in _OPTIONAL:
-        if part not in parts:
-            file_of(prefix, part).unlink(missing_ok=True)
-    for part in parts:
-        try:
-            os.replace(file_of(prefix, part + _PARTIAL), file_of(prefix, part))
-        except FileNotFoundError:
-            if not again:
-                raise
-    os.replace(file_of(prefix, _NEXT), file_of(prefix, MANIFEST))
-    _sync_names(prefix)
-
-
-def _same_file(file: BinaryIO) -> bool:
-    """Whether the file's name still means this file."""
-    try:
-        return os.stat(file.name).st_ino == os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _sync_names(prefix: str | Path) -> None:
-    folder = os.open(Path(prefix).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def settle(prefix: str | Path) -> None:
-    """Finish the work of a writer that was killed while it put its complete files in place; mostly there is none.
-
-    Raises:
-        UserError: there is, and these files may not be written.
-    """
-    path = file_of(prefix, _NEXT)
-    try:
-        file = path.open("rb")
-    except OSError:  # there is no such file, or no such folder
-        return
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)  # a living writer holds it, for a moment
-        try:
-            if _same_file(file):  # else a living writer has just finished
-                _put_in_place(prefix, list(json.load(file)["files"]), again=True)
-        except OSError as error:
-            raise UserError(
-                "its writer was killed while it put the files in place, and they may not be renamed by you",
-                where=str(path), found=error.strerror, do="open it once as a user who may, with inspect_data.py verify",
-            ) from None  # fmt: skip

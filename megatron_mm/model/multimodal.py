@@ -6,8 +6,9 @@
 
 Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
 encoder and connector exchange nothing else; their gradients are summed over the group by `finalize_gradients`.
-A rank without images encodes one blank image whose output is dropped: every rank runs the same collectives and
-every parameter gets a gradient, which is exactly zero there.
+A rank without a share encodes one blank image whose output is dropped; a microbatch without images encodes nothing, and
+the encoder's parameters are given a gradient of zero. So every rank runs the same collectives and every parameter gets a
+gradient, which overlapped reduction waits for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,19 @@ class _GatherImages(torch.autograd.Function):
         share = len(grads[0]) // ctx.group.size()
         start = ctx.group.rank() * share
         return grads[0][start : start + share].contiguous(), None
+
+
+class _Unused(torch.autograd.Function):
+    """The first argument as it is. Backward: zeros for the others, parameters that had no part in it."""
+
+    @staticmethod
+    def forward(ctx: Any, used: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return used.view_as(used)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (grads[0], *(p.new_zeros(()).expand_as(p) for p in ctx.saved_tensors))
 
 
 class MultimodalModel(MegatronModule):
@@ -116,10 +130,14 @@ class MultimodalModel(MegatronModule):
     def _merge(self, tokens: Tensor, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
         """Decoder input [s, b, h], or [s/tp, b, h] under sequence parallelism."""
         embeddings = self.language_model.embedding(tokens, None)  # [s, b, h]
-        images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
-        placeholders = (tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
-        merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
-        merged = merged.transpose(0, 1).contiguous()
+        if batch.num_images:
+            images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
+            placeholders = (tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
+            merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
+            merged = merged.transpose(0, 1).contiguous()
+        else:
+            modules = [m for m in (self.vision, self.connector) if m is not None]
+            merged = _Unused.apply(embeddings, *(p for m in modules for p in m.parameters() if p.requires_grad))
         if self.transformer.sequence_parallel:
             merged = tensor_parallel.scatter_to_sequence_parallel_region(merged)
         return merged

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_mm.data.ingest.shards import CONTINUE, Job, Report, ShardMaker, Share
+from megatron_mm.data.ingest.shard_maker import ShardMaker
+from megatron_mm.data.ingest.shards import CONTINUE, Job, Report, Share
 from megatron_mm.data.ingest.workers import heard, largest_first, told
 from megatron_mm.errors import UserError
 from megatron_mm.parallel.launch import launch
@@ -99,6 +100,9 @@ def run(comm: Any, main: Callable[[Ranks], None]) -> None:
             traceback.print_exc()
         sys.stderr.flush()
         code = error.code if isinstance(error, SystemExit) else 2
+        # Where a rank is dead already MPI may wait for it: then the kernel ends this one.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)
         comm.Abort(code if isinstance(code, int) else 2)
 
 

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol, cast
 
-from megatron_mm.data.ingest.shards import CONTINUE, Job, Report, ShardMaker, Share
+from megatron_mm.data.ingest.shard_maker import ShardMaker
+from megatron_mm.data.ingest.shards import CONTINUE, Job, Report, Share
 from megatron_mm.errors import UserError
 
 
