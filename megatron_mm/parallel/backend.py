@@ -1,6 +1,7 @@
 """The door to Megatron-Core: `import_megatron()` before any `megatron.core` import, anywhere in the package.
 
-On a GPU machine it imports Megatron-Core and changes nothing but what a missing Transformer Engine breaks.
+On a GPU machine it imports Megatron-Core and changes nothing but what a missing Transformer Engine breaks
+(`without_te.py`) and what its releases do differently (`versions.py`).
 On a CPU machine it first puts CPU objects where Megatron-Core asks for CUDA's (see `cpu.py`).
 """
 
@@ -11,7 +12,7 @@ import warnings
 import torch
 
 from megatron_mm.errors import UserError
-from megatron_mm.parallel import cpu, without_te
+from megatron_mm.parallel import cpu, versions, without_te
 
 
 def on_gpu() -> bool:
@@ -37,6 +38,7 @@ def import_megatron() -> None:
     if not on_gpu():
         cpu.enable()
     _quieten()
+    versions.before_import(on_gpu())
     try:
         import megatron.core
         import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
@@ -44,6 +46,7 @@ def import_megatron() -> None:
         raise UserError(
             "Megatron-Core is not importable", found=str(error), do="pip install 'megatron-core>=0.16.1,<0.20'"
         ) from error
+    versions.after_import()
     without_te.apply()
     if not on_gpu():
         cpu.patch_collectives()

@@ -14,11 +14,9 @@ after. Both are called by `megatron_mm.parallel.backend.import_megatron`, and by
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -117,8 +115,6 @@ def enable() -> None:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     _patch_tensor_methods()
     _patch_cuda_module()
-    if importlib.util.find_spec("triton") is None:
-        _stand_in_for_triton_kernels()
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()  # it does: it plays the GPU's
     )
@@ -167,15 +163,6 @@ def _patch_cuda_module() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(int(seed))
-
-
-def _stand_in_for_triton_kernels() -> None:
-    """0.19 imports triton from one leaf module at import time; none of its kernels runs on CPU."""
-    name = "megatron.core.transformer.moe.ops.paged_stash"
-    module: Any = types.ModuleType(name)
-    module.GLOBAL_BLOCK_SIZE = 1024
-    module.paged_stash_copy_kernel = module.paged_stash_pop_kernel = None
-    sys.modules[name] = module
 
 
 def patch_collectives() -> None:

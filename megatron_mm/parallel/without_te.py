@@ -1,6 +1,6 @@
 """What Megatron-Core needs mended for its local (not Transformer Engine) layers, on a GPU as on a CPU.
 
-Each repair names the release that needs it. Layers of Transformer Engine never reach the mended code.
+Every supported release needs it. Layers of Transformer Engine never reach the mended code.
 """
 
 from typing import Any
@@ -8,20 +8,11 @@ from typing import Any
 
 def apply() -> None:
     """Idempotent; after `megatron.core` was imported."""
-    _router_without_te()
     _norm_under_sequence_parallelism()
 
 
-def _router_without_te() -> None:
-    """0.16.1: the router looks up a name that only the import of Transformer Engine defines."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def _norm_under_sequence_parallelism() -> None:
-    """0.16.1: the torch norm refuses sequence parallelism. The norm is per token, so all it lacks is the mark
+    """The torch norm refuses sequence parallelism. The norm is per token, so all it lacks is the mark
     by which `finalize_model_grads` sums its gradient over the tensor-parallel group."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
