@@ -6,15 +6,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 QUICKSTART_EXTRAS := eval$(COMMA)log
+# The newest Megatron-Core that setup.py allows. Beside the one in .venv, and in its place where PYTHONPATH names it.
+NEWEST_MEGATRON := 0.19.2
+NEWEST := $(VENV)/megatron-core-$(NEWEST_MEGATRON)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-gpu lint format bench
+.PHONY: help venv quickstart test test-newest-megatron test-gpu lint format bench
 
 help:
 	@echo "make quickstart   train, export and evaluate a small MM1 model on this machine's CPU; writes runs/quickstart/report.html"
 	@echo "make test         run the tests (also: make test ARGS='tests/unit -k packing')"
+	@echo "make test-newest-megatron   run those of them that matter with Megatron-Core $(NEWEST_MEGATRON) instead of .venv's"
 	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make lint         ruff and mypy;  make format: let ruff rewrite"
 	@echo "make bench NAME=  run one benchmark of benchmarks/ (without NAME: list them)"
@@ -38,12 +42,26 @@ $(DEV_STAMP): setup.py pyproject.toml constraints/ci-cpu.txt
 	$(call install,dev,tests and benchmarks)
 	@touch $(STAMP)
 
+# Its metadata asks for Python 3.12; built from source it runs on 3.11 too.
+$(NEWEST): | $(DEV_STAMP)
+	@echo "installing Megatron-Core $(NEWEST_MEGATRON) into $@"
+	@rm -rf $@.part
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@.part --no-deps \
+		--ignore-requires-python --no-binary megatron-core megatron-core==$(NEWEST_MEGATRON)
+	@mv $@.part $@
+
 quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart/run.py
 
-test: $(DEV_STAMP)
+test: $(DEV_STAMP) $(NEWEST)
 	@echo "all tests, CPU only: under 20 minutes on 2 cores; the slowest 15 are listed at the end"
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-newest-megatron: $(DEV_STAMP) $(NEWEST)
+	@PYTHONPATH=$(abspath $(NEWEST)) $(BIN)/python -c \
+		'import importlib.metadata as m; print("Megatron-Core", m.version("megatron-core"))' | \
+		grep -x "Megatron-Core $(NEWEST_MEGATRON)" || { echo "error: $(NEWEST) is not what Python imports"; exit 1; }
+	@PYTHONPATH=$(abspath $(NEWEST)) $(BIN)/python -m pytest @tests/newest_megatron.txt $(ARGS)
 
 test-gpu: $(DEV_STAMP)
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
