@@ -85,6 +85,7 @@ def windows(
 ) -> Iterator[tuple[Pieces, int]]:
     """All pieces of a split, `size` at a time (the last ones fewer), and how many of the source's documents have been
     read so far."""
+    assert len(source) <= 1 << 32  # a row keeps the document's number in 32 bits
     waiting: list[Pieces] = []
     pieces = stop = 0
     for start in range(0, len(source), BLOCK):

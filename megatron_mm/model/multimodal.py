@@ -6,9 +6,9 @@
 
 Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
 encoder and connector exchange nothing else; their gradients are summed over the group by `finalize_gradients`.
-A rank without a share encodes one blank image whose output is dropped; a microbatch without images encodes nothing, and
-the encoder's parameters are given a gradient of zero. So every rank runs the same collectives and every parameter gets a
-gradient, which overlapped reduction waits for.
+A rank without a share encodes one blank image whose output is dropped; a microbatch without images encodes nothing,
+and the encoder's parameters are given a gradient of zero. So every rank runs the same collectives and every parameter
+gets a gradient, which overlapped reduction waits for.
 """
 
 from typing import TYPE_CHECKING, Any
