@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+BENCH_STAMP := $(VENV)/benchmarks/.installed
 QUICKSTART_EXTRAS := eval$(COMMA)log
 # The newest Megatron-Core that setup.py allows. Beside the one in .venv, and in its place where PYTHONPATH names it.
 NEWEST_MEGATRON := 0.19.2
@@ -50,10 +51,16 @@ $(NEWEST): | $(DEV_STAMP)
 		--ignore-requires-python --no-binary megatron-core megatron-core==$(NEWEST_MEGATRON)
 	@mv $@.part $@
 
+$(BENCH_STAMP): benchmarks/requirements.txt $(DEV_STAMP)
+	@echo "installing what the benchmarks compare with into $(VENV)/benchmarks"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/benchmarks \
+		-r benchmarks/requirements.txt
+	@touch $@
+
 quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart/run.py
 
-test: $(DEV_STAMP) $(NEWEST)
+test: $(DEV_STAMP) $(NEWEST) $(BENCH_STAMP)
 	@echo "all tests, CPU only: under 20 minutes on 2 cores; the slowest 15 are listed at the end"
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -77,6 +84,7 @@ format: $(DEV_STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(DEV_STAMP)
-	@test -n "$(NAME)" || { echo "make bench NAME=…, one of:"; ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py; exit 1; }
-	@$(BIN)/python benchmarks/$(NAME).py
+bench: $(BENCH_STAMP)
+	@test -n "$(NAME)" || { echo "make bench NAME=…, one of:"; \
+		ls benchmarks/*.py | xargs -rn1 basename -s .py | grep -vxE 'common|corpora|made'; exit 1; }
+	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)

@@ -25,5 +25,5 @@ def test_last_line(name):
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks/results").glob("*")} == before
 
 
-def test_they_are_those_that_docs_name():
+def test_all_are_found():
     assert set(BENCHMARKS) >= {"balance", "ingest", "loader", "packing", "reader"}

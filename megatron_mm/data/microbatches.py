@@ -106,7 +106,9 @@ class Microbatches(Dataset[Sent | UserError]):
     def parcel(self, number: int) -> Parcel:
         batch, place = divmod(number, self.per_batch)
         self._locate(batch)
-        mine = self._dealt[place * self.dp_size + self.dp_rank]
+        # Back and forth: who has the most images of one microbatch has the fewest of the next.
+        rank = self.dp_size - 1 - self.dp_rank if place % 2 else self.dp_rank
+        mine = self._dealt[place * self.dp_size + rank]
         samples = np.where(self._sequences[mine] >= 0, mine + batch * self.batch_size, -1)
         rows: list[Assembled] = []
         pictures: list[_Picture] = []
