@@ -26,14 +26,14 @@ import numpy as np
 
 from megatron_mm.config import SequenceLayout
 from megatron_mm.data.fit import fit
-from megatron_mm.data.pieces import PIECE, Documents, Limits, Piece, Split, windows
+from megatron_mm.data.pieces import PIECE, Documents, Limits, Piece, Pieces, Split, splitmix64, windows
 from megatron_mm.data.source import Source
 from megatron_mm.data.storage import local_base
 from megatron_mm.errors import UserError
 
 __all__ = ["Limits", "PackedSource", "Piece", "Split", "pack"]
 
-VERSION = 2  # of the algorithm; part of the key
+VERSION = 3  # of the algorithm; part of the key
 WINDOW = 1 << 16  # pieces packed together
 _ARRAYS = {"pieces": PIECE, "offsets": np.dtype("<i8"), "images": np.dtype("<i4")}
 _QUIET = 3.0  # seconds before progress is shown
@@ -112,7 +112,7 @@ def pack(
     images = positions = 0
     progress = _Progress(name, len(source))
     for pieces, read in windows(source, split, validation_fraction, limits, window):
-        sequence, count = fit(pieces.positions, pieces.images, limits)
+        sequence, count = _fit_apart(pieces, limits)
         ends = columns["pieces"].rows + np.cumsum(np.bincount(sequence, minlength=count))
         columns["pieces"].add(pieces.rows[np.argsort(sequence, kind="stable")])
         columns["offsets"].add(ends)
@@ -125,6 +125,16 @@ def pack(
         column.close()
     rows = {"sequences": columns["images"].rows, "pieces": columns["pieces"].rows}
     return rows | {"images": images, "positions": positions}
+
+
+def _fit_apart(pieces: Pieces, limits: Limits) -> tuple[np.ndarray, int]:
+    """`fit`, with neighbours parted: it takes pieces of one size as they come, and sources often hold related documents
+    one after the other, which would then fill whole sequences."""
+    shuffled = np.argsort(splitmix64(np.arange(len(pieces), dtype=np.uint64)))
+    found, count = fit(pieces.positions[shuffled], pieces.images[shuffled], limits)
+    sequence = np.empty_like(found)
+    sequence[shuffled] = found
+    return sequence, count
 
 
 class PackedSource:

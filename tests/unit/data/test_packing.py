@@ -269,6 +269,16 @@ def test_long_documents_do_not_fill_memory(tmp_path):
     assert peak - first < 400e6
 
 
+def test_neighbours_are_parted(tmp_path):
+    """Documents of one length: a sequence is no run of them, as related documents often stand one after the other."""
+    source = Documents(np.full(2000, 33), np.zeros(2000))
+    pack(tmp_path, source, "train", 0.0, Limits(256, 4, 16))
+    pieces, offsets = (np.load(tmp_path / f"{name}.npy") for name in ("pieces", "offsets"))
+    spans = [np.ptp(pieces["document"][a:b].astype(np.int64)) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert np.diff(offsets).tolist() == [8] * 250
+    assert np.median(spans) > 1000
+
+
 def test_split_by_document_number():
     train, held_out = (documents_of(split, range(20_000), 0.05) for split in ("train", "validation"))
     assert sorted([*train, *held_out]) == list(range(20_000))
