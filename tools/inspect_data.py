@@ -57,7 +57,7 @@ def show(args: argparse.Namespace) -> None:
         from megatron_mm.data.tokenizer import open_tokenizer
 
         source = Source(args.prefix)
-        documents = choose(len(source), args.documents or 20, args.start, args.random)
+        documents = choose(len(source), 20 if args.documents is None else args.documents, args.start, args.random)
         size = show_documents(source, documents, open_tokenizer(args.tokenizer), args.output)
     print(f"{args.output}: {size / 1e6:.1f} MB; open it in a browser")
 

@@ -108,8 +108,19 @@ def _kind(args: argparse.Namespace, format: Format) -> Kind:
     return args.kind or format.kinds[0]
 
 
-def _inputs(patterns: list[str]) -> list[Path]:
-    """Files and folders in the order given; what a pattern matches, by name."""
+_FILES = {  # of a folder, by format; html looks into it by itself
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "webdataset": (".tar",),
+    "parquet": (".parquet",),
+    "obelics": (".parquet",),
+    "mmc4": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip"),
+    "coco": (".json",),
+    "llava": (".json", ".jsonl"),
+}
+
+
+def _inputs(patterns: list[str], format: str) -> list[Path]:
+    """Files in the order given; what a pattern matches or a folder holds, by name."""
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -120,7 +131,19 @@ def _inputs(patterns: list[str]) -> list[Path]:
             paths += found
         else:
             paths.append(path)
-    return paths
+    return [file for path in paths for file in _files(path, format)]
+
+
+def _files(path: Path, format: str) -> list[Path]:
+    if format not in _FILES or not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.name.endswith(_FILES[format]) and file.is_file())
+    if not found:
+        raise UserError(
+            "no file of this format in the folder", where=str(path), found=f"--format {format}",
+            allowed=" or ".join("*" + ending for ending in _FILES[format]),
+        )  # fmt: skip
+    return found
 
 
 def _build(args: argparse.Namespace, team: Team) -> None:
@@ -134,7 +157,7 @@ def _build(args: argparse.Namespace, team: Team) -> None:
     if filters != Filters():
         made["filters"] = asdict(filters)
     summary = build_source(
-        _inputs(args.input),
+        _inputs(args.input, args.format),
         args.output,
         _kind(args, format),
         open_tokenizer(args.tokenizer),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_mm.config import SequenceLayout
 from megatron_mm.data.packing import Piece
-from megatron_mm.data.source import Source
+from megatron_mm.data.source import Source, within
+from megatron_mm.errors import UserError
 
 
 @dataclass
@@ -63,7 +64,8 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
     """Lay pieces one after the other, widen the pictures, pad.
 
     Raises:
-        ValueError: they do not fit into a sequence.
+        UserError: the documents are not those that were packed: what a damaged file holds.
+        ValueError: the pieces do not fit into a sequence.
     """
     s = layout.seq_length
     out = Assembled(
@@ -80,12 +82,15 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
     # Of each piece its inputs and the token after them: all but the last are inputs, all but the first labels.
     ids = np.concatenate([text[start : end + 1] for text, (_, start, end) in zip(texts, pieces, strict=True)])
     lengths = np.array([end - start for _, start, end in pieces])
+    if len(ids) != int(lengths.sum()) + len(pieces) or not within(ids, source.vocab_size):
+        raise _changed(source, pieces)
     is_input = np.ones(len(ids), dtype=bool)
     is_input[np.cumsum(lengths + 1) - 1] = False
     places = np.flatnonzero(is_input)
     inputs, labels = ids[places], ids[places + 1]
     firsts = np.cumsum(lengths) - lengths  # of each piece, among the inputs
     is_image = inputs == layout.image_token_id
+    out.images = _images(source, pieces, np.add.reduceat(is_image, firsts, dtype=np.int64), lengths)
     widths = np.where(is_image, layout.tokens_per_image, 1)
     used = int(widths.sum())
     if used > s:
@@ -108,12 +113,40 @@ def assemble(source: Source, pieces: Sequence[Piece], layout: SequenceLayout, bl
     else:
         out.documents[:used] = 0
         out.position_ids[:used] = np.arange(used)
-    if is_image.any():
-        counts = np.add.reduceat(is_image, firsts, dtype=np.int64).tolist()
-        for text, (document, start, _), count in zip(texts, pieces, counts, strict=True):
-            first = int(np.count_nonzero(text[:start] == layout.image_token_id)) if start and count else 0
-            out.images += [ImageRef(document, number) for number in range(first, first + count)]
     return out
+
+
+def _images(source: Source, pieces: Sequence[Piece], counts: np.ndarray, lengths: np.ndarray) -> list[ImageRef]:
+    """The pictures of the pieces. Raises UserError when the tokens have other numbers of them than the source tells.
+
+    Args:
+        counts: image ids among the inputs of each piece.
+        lengths: inputs of each piece.
+    """
+    documents = np.array([piece.document for piece in pieces])
+    held = source.image_starts[documents + 1] - source.image_starts[documents]
+    is_part = (lengths + 1 != source.lengths[documents]) & (held > 0)
+    first = np.zeros(len(pieces), dtype=np.int64)
+    for i in np.flatnonzero(is_part).tolist():
+        document, start, end = pieces[i]
+        first[i], last = np.searchsorted(source.meta(document)["offset"], (start, end))
+        held[i] = last - first[i]
+    if not np.array_equal(counts, held):
+        raise _changed(source, pieces)
+    return [
+        ImageRef(piece.document, number)
+        for piece, begin, count in zip(pieces, first.tolist(), counts.tolist(), strict=True)
+        for number in range(begin, begin + count)
+    ]
+
+
+def _changed(source: Source, pieces: Sequence[Piece]) -> UserError:
+    documents = sorted({piece.document for piece in pieces})
+    return UserError(
+        "the documents are not those that were packed: a file of the source is damaged", where=source.prefix,
+        found=f"one of the documents {documents[0]} to {documents[-1]}",
+        do="run inspect_data.py verify on it, then restore it from a copy",
+    )  # fmt: skip
 
 
 def _trained(ranges: np.ndarray | None, start: int, end: int) -> np.ndarray:

@@ -226,6 +226,7 @@ def _build(
     folder: Path, source: Source, split: Split, validation_fraction: float, limits: Limits, key: dict[str, Any]
 ) -> None:
     """Under a temporary name, then renamed; whoever comes second drops its own, which is the same."""
+    source.check_indices()  # a damaged index could ask for pieces without end
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:

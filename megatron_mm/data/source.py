@@ -9,14 +9,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_mm.config import Kind
-from megatron_mm.data.source_files import CODES, HEADER, MAGIC, MANIFEST, META, SCHEMA
+from megatron_mm.data.source_files import CODES, HEADER, MAGIC, META
+from megatron_mm.data.source_manifest import REBUILD, read_manifest
 from megatron_mm.data.source_writer import SourceWriter, check_loss, settle
-from megatron_mm.data.storage import Ranges, Storage, is_remote, open_storage
+from megatron_mm.data.storage import Ranges, is_remote, open_storage
 from megatron_mm.data.storage.files import LocalRanges, blocks
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import UserError
@@ -26,7 +26,6 @@ __all__ = ["Source", "SourceWriter", "verify_source"]
 _ROWS = 1 << 20  # of an index checked at once
 _DOCUMENTS = 1 << 12  # read at once when verifying, at most
 _BYTES = 1 << 26  # of their pictures, about
-_REBUILD = "make the source anew with tools/preprocess_data.py"
 
 
 class _Index:
@@ -35,14 +34,16 @@ class _Index:
     def __init__(
         self, path: Path, data: Ranges, size: int, dtype: np.dtype, sequences: int, documents: int, where: str
     ) -> None:
-        content = np.memmap(path, dtype="u1", mode="r").view(np.ndarray)  # whose elements are faster to get at
+        content = np.zeros(0, dtype="u1")
+        if path.stat().st_size:  # an empty file cannot be mapped
+            content = np.memmap(path, dtype="u1", mode="r").view(np.ndarray)  # whose elements are faster to get at
         header = HEADER.unpack(content[: HEADER.size].tobytes()) if len(content) >= HEADER.size else ()
         wanted = (MAGIC, 1, CODES[dtype], sequences, documents + 1)
         modes = sequences if path.name.endswith("image.idx") else 0
         length = HEADER.size + 12 * sequences + 8 * (documents + 1) + modes
         if header != wanted or len(content) != length:
             raise UserError(
-                "the index does not fit the manifest", where=where, do=_REBUILD,
+                "the index does not fit the manifest", where=where, do=REBUILD,
                 found=f"header {header}, {len(content)} bytes", allowed=f"header {wanted}, {length} bytes",
             )  # fmt: skip
         ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * (documents + 1)])
@@ -53,7 +54,7 @@ class _Index:
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * dtype.itemsize
         if end != size or int(self.documents[0]) or int(self.documents[-1]) != sequences:
             raise UserError(
-                "the index points outside its .bin", where=where, do=_REBUILD,
+                "the index points outside its .bin", where=where, do=REBUILD,
                 found=f"last byte {end} of {size}, documents to {self.documents[-1]} of {sequences}",
             )  # fmt: skip
 
@@ -62,7 +63,7 @@ class _Index:
         end = start + int(self.lengths[i]) * self._dtype.itemsize
         if not 0 <= start <= end <= self._size:
             raise UserError(
-                "the index points outside its .bin", where=self._where, do=_REBUILD,
+                "the index points outside its .bin", where=self._where, do=REBUILD,
                 found=f"bytes {start} to {end} of {self._size}, sequence {i}",
             )  # fmt: skip
         return start, end
@@ -90,43 +91,11 @@ class _Index:
             sizes = self.lengths[i : i + _ROWS].astype(np.int64) * self._dtype.itemsize
             pointers = ends + np.cumsum(sizes) - sizes
             if (sizes < 0).any() or not np.array_equal(pointers, self.pointers[i : i + _ROWS]):
-                raise UserError("the index does not fit its .bin", where=self._where, do=_REBUILD)
+                raise UserError("the index does not fit its .bin", where=self._where, do=REBUILD)
             ends = int(pointers[-1] + sizes[-1])
         for i in range(0, len(self.documents), _ROWS):
             if (np.diff(self.documents[i : i + _ROWS + 1]) < 0).any():
-                raise UserError("the documents are out of order", where=self._where, do=_REBUILD)
-
-
-def read_manifest(storage: Storage) -> dict[str, Any]:
-    """Raises UserError: there is none, or it is damaged or of another version."""
-    where = storage.where(MANIFEST)
-    try:
-        manifest = json.loads(storage.read(MANIFEST))
-    except FileNotFoundError as error:
-        there = any(_is_there(storage, part) for part in ("text.bin", "text.idx"))
-        raise UserError(
-            "there is no such source" if not there else "the source has no manifest: it was not completed",
-            where=where, found=error.strerror, do="check the path" if not there else _REBUILD,
-        ) from None  # fmt: skip
-    except OSError as error:
-        raise UserError("cannot read the manifest", where=where, found=error.strerror) from None
-    except ValueError as error:
-        raise UserError("the manifest is damaged", where=where, found=str(error), do=_REBUILD) from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(
-            "a manifest of another version", where=where, found=f"schema {found}", allowed=f"schema {SCHEMA}",
-            do=_REBUILD,
-        )  # fmt: skip
-    return manifest
-
-
-def _is_there(storage: Storage, part: str) -> bool:
-    try:
-        storage.size(part)
-    except OSError:
-        return False
-    return True
+                raise UserError("the documents are out of order", where=self._where, do=REBUILD)
 
 
 class Source:
@@ -155,27 +124,17 @@ class Source:
             settle(prefix)
         self.storage = open_storage(prefix, cache_dir)
         self.manifest = read_manifest(self.storage)
-        path = self.storage.where(MANIFEST)
-        try:
-            self.kind: Kind = self.manifest["kind"]
-            documents, images = int(self.manifest["documents"]), int(self.manifest["images"])
-            dtype = np.dtype(self.manifest["dtype"])
-            self.tokenizer_hash = str(self.manifest["tokenizer"]["sha256"])
-            self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
-            self.image_id = int(self.manifest["ids"]["image"])
-            files = {str(part): int(entry["bytes"]) for part, entry in self.manifest["files"].items()}
-            self._digests = {str(part): str(entry["sha256"]) for part, entry in self.manifest["files"].items()}
-            self.digest = hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError("the manifest is damaged", where=path, found=repr(error), do=_REBUILD) from None
-        wanted = {"text.bin", "text.idx", "meta.npy"} | ({"image.bin", "image.idx"} if images else set())
-        self.has_loss = "loss.bin" in files
-        if self.has_loss:
-            wanted |= {"loss.bin", "loss.idx"}
-        if files.keys() != wanted or dtype not in CODES or documents < 1:
-            raise UserError("the manifest is damaged", where=path, found=f"{sorted(files)}, {dtype}", do=_REBUILD)
-        self.files = files
-        for part, size in files.items():
+        self.kind: Kind = self.manifest["kind"]
+        documents, images = self.manifest["documents"], self.manifest["images"]
+        dtype = np.dtype(self.manifest["dtype"])
+        self.tokenizer_hash: str = self.manifest["tokenizer"]["sha256"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.image_id: int = self.manifest["ids"]["image"]
+        self.files: dict[str, int] = {part: entry["bytes"] for part, entry in self.manifest["files"].items()}
+        self._digests = {part: entry["sha256"] for part, entry in self.manifest["files"].items()}
+        self.digest = hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
+        self.has_loss = "loss.bin" in self.files
+        for part, size in self.files.items():
             self._check_size(part, size)
         self._text = self._open_pair("text", dtype, documents)
         self._images = self._open_pair("image", np.dtype("u1"), images) if images else None
@@ -190,18 +149,18 @@ class Source:
         try:
             found = self.storage.size(part)
         except OSError as error:
-            raise UserError("a file of the source is missing", where=where, found=error.strerror, do=_REBUILD) from None
+            raise UserError("a file of the source is missing", where=where, found=error.strerror, do=REBUILD) from None
         if found != size:
             raise UserError(
                 "a file of the source is truncated" if found < size else "a file of the source is too long",
-                where=where, found=f"{found} bytes", allowed=f"{size} bytes, as the manifest says", do=_REBUILD,
+                where=where, found=f"{found} bytes", allowed=f"{size} bytes, as the manifest says", do=REBUILD,
             )  # fmt: skip
 
     def _mapped(self, part: str) -> Path:
         return self.storage.mapped(part, self.files[part], self._digests[part])
 
     def _open_pair(self, name: str, dtype: np.dtype, sequences: int) -> _Index:
-        part, documents = f"{name}.bin", int(self.manifest["documents"])
+        part, documents = f"{name}.bin", self.manifest["documents"]
         # Loss ranges are looked up one by one all over, and are small: they are no range requests.
         data = LocalRanges(self._mapped(part)) if name == "loss" else self.storage.ranges(part, self.files[part])
         where = self.storage.where(f"{name}.idx")
@@ -211,11 +170,11 @@ class Source:
         path, where = self._mapped("meta.npy"), self.storage.where("meta.npy")
         try:
             meta = np.load(path, mmap_mode="r" if images else None, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError("not an .npy file", where=where, found=str(error), do=_REBUILD) from None
+        except Exception as error:  # numpy reads the header as Python: damage raises many types
+            raise UserError("not an .npy file", where=where, found=str(error), do=REBUILD) from None
         if meta.dtype != META or meta.shape != (images,):
             raise UserError(
-                "not this source's pictures", where=where, found=f"{meta.shape} of {meta.dtype}", do=_REBUILD
+                "not this source's pictures", where=where, found=f"{meta.shape} of {meta.dtype}", do=REBUILD
             )
         return meta.view(np.ndarray)  # whose elements are faster to get at than a memmap's
 
@@ -236,7 +195,15 @@ class Source:
 
     def loss(self, document: int) -> np.ndarray | None:
         """Ranges [start, end) of its tokens that are trained on, int32 [ranges, 2]; None: all of them."""
-        return self._loss[document].reshape(-1, 2) if self._loss else None
+        if not self._loss:
+            return None
+        edges = self._loss[document]
+        if len(edges) % 2:
+            raise UserError(
+                "a document's loss ranges have no end", where=self.storage.where("loss.idx"),
+                found=f"{len(edges)} numbers, document {document}", do=REBUILD,
+            )  # fmt: skip
+        return edges.reshape(-1, 2)
 
     def image(self, document: int, index: int) -> tuple[memoryview, int]:
         """One of its pictures as encoded, and the crc32 that the bytes should have."""
@@ -268,10 +235,26 @@ class Source:
         return self.all_meta[int(self.image_starts[document]) : int(self.image_starts[document + 1])]
 
     def check_indices(self) -> None:
-        """Raises UserError unless each index describes its .bin from end to end."""
+        """Raises UserError unless each index describes its .bin from end to end, and the pictures' places lie in their
+        documents: what packing goes by."""
         for index in (self._text, self._images, self._loss):
             if index:
                 index.check()
+        for start in range(0, len(self), _DOCUMENTS):
+            self._check_places(start, min(start + _DOCUMENTS, len(self)))
+
+    def _check_places(self, start: int, stop: int) -> None:
+        first, last = int(self.image_starts[start]), int(self.image_starts[stop])
+        if first == last:
+            return
+        places = self.all_meta["offset"][first:last].astype(np.int64)
+        of_image = np.repeat(np.arange(start, stop), np.diff(self.image_starts[start : stop + 1]))
+        ascend = (np.diff(places) > 0) | (np.diff(of_image) > 0)
+        if not (ascend.all() and (places > 0).all() and (places < self.lengths[of_image] - 1).all()):
+            raise UserError(
+                "the pictures' places are not in their documents", where=self.storage.where("meta.npy"),
+                found=f"in documents {start} to {stop - 1}", do=REBUILD,
+            )  # fmt: skip
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError unless the source was made with this very tokenizer."""
@@ -281,6 +264,11 @@ class Source:
                 found=f"{tokenizer.path}, sha256 {tokenizer.hash[:16]}…", allowed=f"sha256 {self.tokenizer_hash[:16]}…",
                 do="set data.tokenizer to the source's, or make the source anew with this one",
             )  # fmt: skip
+
+
+def within(tokens: np.ndarray, vocab_size: int) -> bool:
+    """Whether they are ids of a vocabulary."""
+    return int(tokens.view(f"u{tokens.itemsize}").max()) < vocab_size  # seen so, negative ones are large
 
 
 _Tell = Callable[[int], None]  # so many bytes more have been read
@@ -309,6 +297,8 @@ def _runs(source: Source) -> Iterator[range]:
 def _faults(source: Source, tell: _Tell) -> Iterator[str]:
     """What is wrong inside the documents; digests catch damage, this catches writers' mistakes."""
     source.check_indices()
+    if (held := int(source.lengths.sum(dtype=np.int64))) != source.manifest["tokens"]:
+        yield f"{held} tokens, not {source.manifest['tokens']} as the manifest says"
     bos, eos, image = (source.manifest["ids"][name] for name in ("bos", "eos", "image"))
     for documents in _runs(source):
         texts = source.texts(documents)
@@ -317,7 +307,7 @@ def _faults(source: Source, tell: _Tell) -> Iterator[str]:
             meta = source.meta(d)
             if len(tokens) < 2 or tokens[0] != bos or tokens[-1] != eos:
                 yield f"document {d} is not bos, tokens, eos"
-            elif int(tokens.min()) < 0 or int(tokens.max()) >= source.vocab_size:
+            elif not within(tokens, source.vocab_size):
                 yield f"document {d} has ids outside the vocabulary"
             elif not np.array_equal(np.flatnonzero(tokens == image), meta["offset"]):
                 yield f"document {d}: image ids and pictures do not agree"
@@ -357,8 +347,8 @@ def verify_source(
             fault = f"; {next(_faults(source, tell), 'no document shows it')}" if part.endswith(".bin") else ""
             raise UserError(
                 "the file's contents have changed", where=source.storage.where(part), found=f"sha256 {found}{fault}",
-                allowed=f"sha256 {wanted}", do=f"restore it from a copy, or {_REBUILD}",
+                allowed=f"sha256 {wanted}", do=f"restore it from a copy, or {REBUILD}",
             )  # fmt: skip
     if fault := next(_faults(source, tell), ""):
-        raise UserError("the source is inconsistent", where=str(prefix), found=fault, do=_REBUILD)
+        raise UserError("the source is inconsistent", where=str(prefix), found=fault, do=REBUILD)
     return source

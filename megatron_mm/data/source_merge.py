@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mm.data.source import read_manifest
 from megatron_mm.data.source_blocks import Block
 from megatron_mm.data.source_files import CODES, HEADER, MAGIC, META, file_of
+from megatron_mm.data.source_manifest import read_manifest
 from megatron_mm.data.source_place import settle
 from megatron_mm.data.source_writer import SourceWriter
 from megatron_mm.data.storage import LocalStorage, is_remote
@@ -86,23 +86,15 @@ class SourceStream:
             raise UserError("only local sources can be merged", where=self.prefix, do="copy it to a disk first")
         settle(prefix)
         self.manifest = m = read_manifest(LocalStorage(prefix))
-        try:
-            self.documents, self.images, self.dtype = int(m["documents"]), int(m["images"]), np.dtype(m["dtype"])
-            ids = m["ids"]
-            self.vocabulary = _Vocabulary(
-                m["tokenizer"]["sha256"], int(m["tokenizer"]["vocab_size"]), ids["bos"], ids["eos"], ids["image"]
-            )
-            self.files = {str(part): (int(e["bytes"]), str(e["sha256"])) for part, e in m["files"].items()}
-            self.bytes = sum(self.files[part][0] for part in self.files if part.endswith(".bin"))
-            code = CODES[self.dtype]
-            self.has_loss = "loss.bin" in self.files
-            for pair, there in (("text", True), ("image", self.images), ("loss", self.has_loss)):
-                if there:
-                    self.files[f"{pair}.bin"], self.files[f"{pair}.idx"]
-            self.files["meta.npy"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError("the manifest is damaged", where=self.prefix, found=repr(error), do=_REBUILD) from None
-        self._check_index("text", code, self.documents)
+        self.documents, self.images, self.dtype = m["documents"], m["images"], np.dtype(m["dtype"])
+        tokenizer, ids = m["tokenizer"], m["ids"]
+        self.vocabulary = _Vocabulary(
+            tokenizer["sha256"], tokenizer["vocab_size"], ids["bos"], ids["eos"], ids["image"]
+        )
+        self.files = {part: (entry["bytes"], entry["sha256"]) for part, entry in m["files"].items()}
+        self.bytes = sum(size for part, (size, _) in self.files.items() if part.endswith(".bin"))
+        self.has_loss = "loss.bin" in self.files
+        self._check_index("text", CODES[self.dtype], self.documents)
         if self.images:
             self._check_index("image", CODES[np.dtype("u1")], self.images)
         if self.has_loss:
@@ -252,7 +244,9 @@ class _Index:
 def _check_meta_header(stream: SourceStream, file: _File) -> None:
     try:
         header = (np.lib.format.read_magic(file), *np.lib.format.read_array_header_1_0(file))
-    except ValueError as error:
+    except UserError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: damage raises many types
         raise stream.damaged("meta.npy", str(error), "an .npy file") from None
     if header != ((1, 0), (stream.images,), False, META):
         raise stream.damaged("meta.npy", f"{header}", f"{stream.images} rows of {META}")

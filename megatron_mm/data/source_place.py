@@ -81,6 +81,11 @@ def settle(prefix: str | Path) -> None:
         try:
             if same_file(file):  # else a living writer has just finished
                 _change_names(prefix, list(json.load(file)["files"]), again=True)
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                "the manifest of the source that was to come is damaged", where=str(path), found=str(error),
+                do="make the source anew with tools/preprocess_data.py, after removing this file",
+            ) from None  # fmt: skip
         except OSError as error:
             raise UserError(
                 "its writer was killed while it put the files in place, and they may not be renamed by you",

@@ -105,6 +105,8 @@ def enable() -> None:
     _enabled = True
     # Megatron's jit_fuser is torch.compile, whose start-up costs more than it gains on CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Where it is installed on a machine without a GPU, Megatron-Core would take its optimizer and norms, CUDA's alone.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     from torch.utils import _device
 
     # Cached: it must see the original factories, else torch.device("meta") contexts break.

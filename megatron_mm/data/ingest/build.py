@@ -104,7 +104,7 @@ def build_source(
                 quarantine.write(keep_older=True)
             _tidy(job.folder, keep_finished=progress.tally.documents > 0)
             raise
-    _tidy(job.folder, keep_finished=False)
+        _tidy(job.folder, keep_finished=False)  # while the writer still keeps other builds of this source out
     progress.clear()
     return Summary(
         documents=manifest["documents"],

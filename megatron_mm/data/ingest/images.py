@@ -12,9 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (  # the readers of `_READ`, which register themselves
+    AvifImagePlugin,  # noqa: F401
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageOps,
+    Jpeg2KImagePlugin,  # noqa: F401
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
 
 FORMATS = ("", "JPEG", "PNG", "WEBP")  # of stored pictures, by the number in a source's meta
+# What is read at all. Pillow knows forty more, some of which decode while they are opened (ICO) or run programs (EPS).
+_READ = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000")
 TRANSCODED = 1  # a flag in a source's meta: the stored bytes are not the original's
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "WEBP", "JPEG2000"))
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -40,18 +53,28 @@ class StoredImage(NamedTuple):
 
 def read_header(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
     """Opens a picture without decoding it. Raises BadImageError, also when its header claims more than `max_pixels`."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise BadImageError(f"no picture in a known format: {len(data)} bytes") from None
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"too large: {error}") from None
-    except Exception as error:  # Pillow's parsers raise many types on damaged headers
-        raise BadImageError(f"damaged header: {error}") from None
+    image = _open(data)
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise BadImageError(f"too large: {width}×{height} = {width * height} pixels, allowed are {max_pixels}")
     return image
+
+
+def _open(data: bytes | memoryview) -> Image.Image:
+    """As Image.open does, but for its bound: that warns of what our own refuses, and only a whole process can lift it.
+
+    None of these readers decodes a pixel here.
+    """
+    start = bytes(data[:16])
+    for name in _READ:
+        reader, accepts = Image.OPEN[name]
+        if accepts is None or accepts(start) is not True:  # a string says why Pillow lacks a decoder
+            continue
+        try:
+            return reader(io.BytesIO(data), "")
+        except Exception as error:  # Pillow's parsers raise many types on damaged headers
+            raise BadImageError(f"damaged header: {error or type(error).__name__}") from None
+    raise BadImageError(f"no picture in a known format: {len(data)} bytes")
 
 
 def _orientation(image: Image.Image) -> int:

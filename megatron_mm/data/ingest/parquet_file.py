@@ -81,7 +81,10 @@ def _fits(kind: Any, holds: str) -> bool:
         return True
     if holds == "picture" and types.is_struct(kind):
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return fields.keys() >= {"bytes", "path"} and _is_binary(fields["bytes"]) and _fits(fields["path"], "string")
+        if not fields.keys() >= {"bytes", "path"}:
+            return False
+        no_paths = types.is_null(fields["path"])  # the type of a column whose every value is None
+        return _is_binary(fields["bytes"]) and (no_paths or _fits(fields["path"], "string"))
     return holds == "picture" and _is_binary(kind)
 
 

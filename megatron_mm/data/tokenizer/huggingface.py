@@ -145,7 +145,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         found = error
     raise UserError(
         "cannot read the tokenizer", where=str(path), found=found, allowed="a JSON object",
-        do="check data.tokenizer; a Hugging Face tokenizer is a folder with tokenizer.json and tokenizer_config.json",
+        do="check the path; a Hugging Face tokenizer is a folder with tokenizer.json and tokenizer_config.json",
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def read_model(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProc
     except OSError as error:
         raise UserError(
             "cannot read the tokenizer", where=str(path), found=error.strerror,
-            do="check data.tokenizer, or make one with tools/train_tokenizer.py",
+            do="check the path (--tokenizer, data.tokenizer), or make one with tools/train_tokenizer.py",
         ) from None  # fmt: skip
     return content, _load(content, path)
 
@@ -150,7 +150,8 @@ def train_tokenizer(
         temporary.write_bytes(model.getvalue())
         temporary.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError("cannot write the tokenizer", where=str(output), found=error.strerror) from None
 
 

@@ -74,6 +74,14 @@ def test_any_cut_gives_the_same_records(folder, chunk_bytes, group, compression)
     assert [r for chunk in chunks for r in form.read(chunk, "caption")] == read_all(Parquet(), [path], "caption")
 
 
+def test_a_struct_whose_paths_are_all_none(folder):
+    """Its column of paths has no type but null."""
+    columns = {"image": [{"bytes": b"a", "path": None}, {"bytes": None, "path": None}], "text": ["x", "y"]}
+    good, bad = read_one(folder / "null.parquet", columns)
+    assert good.parts == (Picture(b"a"), Text(" x"))
+    assert bad.reason == "no picture"
+
+
 HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 COLUMNS: dict[str, tuple[dict[str, Any], dict[str, pa.DataType]]] = {
     "upper case": ({"IMAGE": [b"x"], "TEXT": [" a "], "URL": ["u"]}, {}),

@@ -161,6 +161,30 @@ def test_wrong_arguments(tmp_path, tokenizer, arguments, told):
     assert list(tmp_path.glob("x*")) == []
 
 
+def test_a_folder_stands_for_its_files(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        write_jsonl(tmp_path / "in" / name, [{"text": name}])
+    (tmp_path / "in" / "README").write_text("no JSON")
+    done = preprocess("text", tmp_path / "in", tmp_path / "x", tokenizer)
+    assert done.returncode == 0, done.stderr
+    source = Source(tmp_path / "x")
+    assert [tokenizer.decode(source.text(d).tolist()) for d in range(len(source))] == ["a.jsonl", "b.jsonl"]
+    done = tool(
+        "preprocess_data.py", "--format", "webdataset", "--input", tmp_path / "in", "--output", tmp_path / "y",
+        "--tokenizer", tokenizer.path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "allowed: *.tar" in done.stderr
+
+
+def test_a_tokenizer_that_cannot_be_written(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "red green blue"}] * 30)
+    done = tool("train_tokenizer.py", "--input", path, "--output", "/dev/null/t.model", "--vocab-size", "275")
+    assert done.returncode == 2, done.stderr
+    assert "cannot write the tokenizer" in done.stderr
+
+
 def test_nothing_but_empty_lines(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="no document"):
