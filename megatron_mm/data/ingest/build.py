@@ -102,7 +102,8 @@ def build_source(
             progress.clear()
             with suppress(UserError):  # the first error is the one to tell
                 quarantine.write(keep_older=True)
-            _tidy(job.folder, keep_finished=progress.tally.documents > 0)
+            # By what lies there: a shard may be finished that nobody has heard of yet.
+            _tidy(job.folder, keep_finished=any(job.holds_documents(share.number) for share in shares))
             raise
         _tidy(job.folder, keep_finished=False)  # while the writer still keeps other builds of this source out
     progress.clear()
