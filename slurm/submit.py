@@ -21,7 +21,8 @@ from pathlib import Path
 import pydantic
 import yaml
 
-from megatron_mm.config import RunConfig, check_layout, dump_yaml, load_config
+from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.config.nearest import load_for
 from megatron_mm.errors import UserError, run_cli
 
 TEMPLATE = Path(__file__).parent / "job.sbatch.in"
@@ -215,12 +216,11 @@ def render(job: Job) -> str:
 
 def plan(arguments: argparse.Namespace) -> tuple[Job, RunConfig]:
     """Check everything; nothing is written yet."""
-    config = load_config(arguments.config, arguments.overrides)
     names = ("time", "partition", "account", "gpus_per_node", "container_image", "max_restarts")
     profile = load_profile(arguments.profile, {name: getattr(arguments, name) for name in names})
     if arguments.nodes < 1:
         raise UserError("out of range", where="--nodes", found=arguments.nodes, allowed="1 or more")
-    check_layout(config, arguments.nodes * profile.ranks_per_node)
+    config = load_for(arguments.config, arguments.overrides, arguments.nodes * profile.ranks_per_node)
     work_dir, run_dir = Path.cwd(), Path(config.run_dir).absolute()
     for where, path in (("run_dir", run_dir), ("the folder that submit.py was called in", work_dir)):
         if not re.fullmatch(r"[\w./+=@-]+", str(path)):

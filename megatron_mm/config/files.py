@@ -36,6 +36,13 @@ _Loader.add_implicit_resolver(
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), check, and return the run."""
+    config = read_config(path, overrides)
+    check_consistency(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The same with types and names checked, and not yet what must hold between fields."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -49,7 +56,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise UserError("a config is a mapping of fields", where=str(path), found=type(data).__name__)
     for override in overrides or []:
         _apply_override(data, override)
-    return config_from_dict(data)
+    return _typed(data)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -72,16 +79,20 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def config_from_dict(data: dict[str, Any]) -> RunConfig:
     """Validate types and names, then consistency."""
+    config = _typed(data)
+    check_consistency(config)
+    return config
+
+
+def _typed(data: dict[str, Any]) -> RunConfig:
     adapter = pydantic.TypeAdapter(RunConfig)
     try:
         # JSON mode: strict about types, yet lists may fill tuples and whole numbers may fill floats.
-        config = adapter.validate_json(json.dumps(data), strict=True, extra="forbid")
+        return adapter.validate_json(json.dumps(data), strict=True, extra="forbid")
     except TypeError as error:
         raise UserError("a value is of a type that a config cannot hold", found=str(error)) from None
     except pydantic.ValidationError as error:
         raise _explain(error) from None
-    check_consistency(config)
-    return config
 
 
 def _fields_at(location: tuple[Any, ...]) -> str:

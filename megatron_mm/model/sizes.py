@@ -5,6 +5,7 @@ counted by true document lengths: a causal document of n positions has n (n + 1)
 The backward pass costs twice the forward pass; recomputation is not counted (it is no useful work).
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -102,6 +103,7 @@ def document_pairs(lengths: Iterable[int]) -> float:
     return sum(n * (n + 1) / 2 for n in lengths)
 
 
+@functools.cache
 def image_flops(m: ModelConfig) -> tuple[float, float]:
     """Encoder and connector, forward, one image."""
     v = m.vision

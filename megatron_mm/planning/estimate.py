@@ -18,8 +18,8 @@ from megatron_mm.planning.live import LiveBytes
 from megatron_mm.planning.memory import ChunkBytes, StageBytes, StageMemory, stage_memory
 from megatron_mm.planning.stages import Chunk, stages
 
-_SCORE = 8  # bytes that the local attention keeps of each score: fp32 softmax, its bf16 copy, masks
-_LOGIT = 6  # bytes kept of each logit: bf16 logits, fp32 softmax
+_SCORE = 6  # bytes that the local attention keeps of each score: fp32 softmax and its bf16 copy
+_LOGIT = 4  # bytes kept of each logit: fp32 softmax
 
 
 def estimate(config: RunConfig, world_size: int, imbalance: float) -> list[StageMemory]:
@@ -39,7 +39,7 @@ def _stage_bytes(config: RunConfig, stage: tuple[Chunk, ...], dp: int, imbalance
     tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
     held, trained, trained_experts = 0.0, 0.0, 0.0
     for chunk in stage:
-        for part, count, experts in _parameters(config, chunk):
+        for part, count, experts in parameters(config, chunk):
             held += count
             if part not in t.frozen:
                 trained += 0 if experts else count
@@ -58,7 +58,7 @@ def _stage_bytes(config: RunConfig, stage: tuple[Chunk, ...], dp: int, imbalance
     )
 
 
-def _parameters(config: RunConfig, chunk: Chunk) -> list[tuple[str, float, bool]]:
+def parameters(config: RunConfig, chunk: Chunk) -> list[tuple[str, float, bool]]:
     """On one rank: (part of the model, parameters, whether they are experts')."""
     m, d, p = config.model, config.model.decoder, config.parallel
     h, tp = d.hidden_size, p.tensor_model_parallel_size
@@ -104,25 +104,22 @@ def _chunk_bytes(config: RunConfig, chunk: Chunk, imbalance: float) -> ChunkByte
     if d.moe:
         routed = b * s / tp * d.moe.topk * (imbalance if p.expert_model_parallel_size > 1 else 1)
         width = d.moe.ffn_hidden_size or d.ffn_hidden_size
-        experts = routed * p.expert_tp * (2 * 2 * h + product * width / p.expert_tp)
-        moe = attention + 2 * stream + wide * (experts + 2 * routed * 2 * h) + 4 * b * s / tp * d.moe.num_experts * 4
-    full = max(dense if chunk.dense else 0.0, moe if chunk.moe else 0.0)
-    kept = chunk.layers * stream if t.recompute else chunk.dense * dense + chunk.moe * moe
-    working = (full if t.recompute else 0.0) + 4 * stream
-    if chunk.first:
-        encoder, layer = _encoder_bytes(config)
-        kept += encoder
-        working = max(working, layer)
-    if chunk.last:
-        logits = b * s * d.vocab_size / tp
-        kept += _LOGIT * wide * logits + 2 * stream
-        working = max(working, 4 * logits)
-    kept += 2 * stream  # the stage's input and output
-    return ChunkBytes(kept=round(kept), forward_peak=round(kept + 2 * stream), backward_peak=round(kept + working))
+        experts = wide * routed * p.expert_tp * (2 * h + product * width / p.expert_tp)
+        moe = attention + 2 * stream + experts + 4 * b * s / tp * d.moe.num_experts * 4
+    layers = chunk.layers * stream if t.recompute else chunk.dense * dense + chunk.moe * moe
+    again = max(dense if chunk.dense else 0.0, moe if chunk.moe else 0.0) if t.recompute else 0.0
+    encoder, encoder_again = _encoder_bytes(config) if chunk.first else (0.0, 0.0)
+    logits = b * s * d.vocab_size / tp if chunk.last else 0.0
+    head = _LOGIT * wide * logits + 2 * stream * chunk.last
+    ends = 2 * stream  # the stage's input and output
+    kept = encoder + layers + head + ends
+    # The backward pass lets go of the head, then of the layers, then of the encoder.
+    peak = max(kept + 2 * wide * logits, kept - head + again + 4 * stream, encoder + ends + encoder_again)
+    return ChunkBytes(kept=round(kept), forward_peak=round(kept + 2 * stream), backward_peak=round(peak))
 
 
 def _encoder_bytes(config: RunConfig) -> tuple[float, float]:
-    """Of encoder and connector: kept, and a layer's that is computed again."""
+    """Of encoder and connector: kept, and of a layer's that is computed again."""
     v, p, t = config.model.vision, config.parallel, config.training
     cut = p.tensor_model_parallel_size if p.vision_tensor_parallel else 1
     images = config.data.max_images * t.micro_batch_size
@@ -135,7 +132,7 @@ def _encoder_bytes(config: RunConfig) -> tuple[float, float]:
     decoded = config.model.connector.num_tokens * 2 * wide * config.model.decoder.hidden_size * images
     rest = share * (wide * _connector(config.model)[1] + v.num_positions * 8 * wide * h) + 2 * decoded
     if "vision" in t.frozen:
-        return rest, share * layer
+        return rest, 0.0
     if t.recompute:
         return rest + share * v.built_layers * v.num_positions * 2 * wide * h, share * layer
-    return rest + share * v.built_layers * layer, share * layer
+    return rest + share * v.built_layers * layer, 0.0

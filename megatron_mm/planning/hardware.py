@@ -14,8 +14,10 @@ class Gpu:
     """One GPU in a node of eight, and its share of the node's network."""
 
     name: str
-    bf16: float  # FLOP/s, dense
-    fp8: float | None  # FLOP/s, dense; None: it has no FP8
+    bf16: float  # FLOP/s of matrix products, dense
+    fp8: float  # FLOP/s, dense
+    fp32: float  # FLOP/s outside the tensor cores, which PyTorch's fp32 does not use by default
+    fp8_recipes: tuple[str, ...]  # of training.fp8, that it can run
     memory: float  # bytes that a process is offered, as torch.cuda.mem_get_info tells
     bandwidth: float  # of the memory, bytes/s
     nvlink: float  # to the other GPUs of the node, bytes/s in one direction
@@ -23,15 +25,17 @@ class Gpu:
     gpus_per_node: int = 8
 
 
+_HOPPER = ("delayed", "tensorwise", "blockwise")
 GPUS = {
     # A100 SXM 80 GB data sheet; DGX A100: 8 × 200 Gb/s.
-    "a100": Gpu("A100 80 GB SXM", 312e12, None, 79.1 * GIB, 2.04e12, 300e9, 25e9),
+    "a100": Gpu("A100 80 GB", 312e12, 0.0, 19.5e12, (), 79.1 * GIB, 2.04e12, 300e9, 25e9),
     # H100 SXM data sheet (989 TFLOP/s, 3.35 TB/s, NVLink 900 GB/s both ways); DGX H100: 8 × 400 Gb/s.
-    "h100": Gpu("H100 80 GB SXM", 989e12, 1979e12, 79.1 * GIB, 3.35e12, 450e9, 50e9),
+    "h100": Gpu("H100 80 GB", 989e12, 1979e12, 67e12, _HOPPER, 79.1 * GIB, 3.35e12, 450e9, 50e9),
     # H200 SXM data sheet: Hopper as above with 141 GB at 4.8 TB/s.
-    "h200": Gpu("H200 141 GB SXM", 989e12, 1979e12, 139.8 * GIB, 4.8e12, 450e9, 50e9),
-    # HGX B200 data sheet, an eighth of it: 18 PFLOP/s bf16, 36 FP8, 1.44 TB; NVLink 5; DGX B200: 8 × 400 Gb/s.
-    "b200": Gpu("B200 180 GB SXM", 2250e12, 4500e12, 178.3 * GIB, 7.7e12, 900e9, 50e9),
+    "h200": Gpu("H200 141 GB", 989e12, 1979e12, 67e12, _HOPPER, 139.8 * GIB, 4.8e12, 450e9, 50e9),
+    # HGX B200 data sheet, an eighth of it: 18 PFLOP/s bf16, 36 FP8, 0.6 fp32, 1.44 TB, 62 TB/s; NVLink 5;
+    # DGX B200: 8 × 400 Gb/s.
+    "b200": Gpu("B200 180 GB", 2250e12, 4500e12, 75e12, (*_HOPPER, "mxfp8"), 178.3 * GIB, 7.7e12, 900e9, 50e9),
 }
 
 

@@ -53,7 +53,7 @@ def stage_memory(found: StageBytes, stage: int, pp: int, microbatches: int) -> S
     vpp = len(found.chunks)
     kept = in_flight = most = 0
     fullest = (0, 0)  # bytes, and how many of them are kept for backward passes
-    for forward, v in order(stage, pp, vpp, microbatches):
+    for forward, v in order(stage, pp, vpp, min(microbatches, 4 * pp)):  # later ones bring nothing new
         chunk = found.chunks[v]
         if forward:
             fullest = max(fullest, (kept + chunk.forward_peak, kept + chunk.kept))

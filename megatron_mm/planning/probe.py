@@ -1,6 +1,6 @@
 """One rank of every pipeline stage, built and run on the meta device in a world that does not exist.
 
-    python -m megatron_mm.planning.probe < jobs.jsonl > stages.jsonl
+    python -m megatron_mm.planning.probe < job.json > stages.json      (`measure.py` does)
 
 Real modules, real data-parallel buffers, real optimizer, a real forward and backward pass of one microbatch; torch's
 fake process group stands for the other ranks, meta tensors for memory. What cannot run so has a stand-in
@@ -152,15 +152,19 @@ def _run(config: RunConfig, chunk: Any, wrapped: Any, batch: Any, layout: Sequen
     existing += [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
     with LiveBytes(existing) as held, wrapped.no_sync():
         if not chunk.pre_process:
-            received = torch.empty(_hidden_shape(config), dtype=chunk.transformer.params_dtype, device=META)
-            chunk.set_input_tensor(received.requires_grad_())
+            dtype = chunk.transformer.params_dtype
+            chunk.set_input_tensor(torch.empty(_hidden_shape(config), dtype=dtype, device=META, requires_grad=True))
         output = wrapped(batch, layout)
         result = (output.float() * batch.loss_mask).sum() if chunk.post_process else output
         kept, forward_peak = held.now, held.peak
         held.restart_peak()
         if result.requires_grad:
             result.backward(None if chunk.post_process else torch.empty_like(result))
-        return ChunkBytes(kept=kept, forward_peak=forward_peak, backward_peak=held.peak)
+        backward_peak = held.peak
+        del output, result
+        chunk.set_input_tensor(None)
+        # What is left is no microbatch's own: buffers that Megatron-Core uses again and again.
+        return ChunkBytes(kept=kept - held.now, forward_peak=forward_peak, backward_peak=backward_peak)
 
 
 def _hidden_shape(config: RunConfig) -> tuple[int, int, int]:
@@ -170,9 +174,10 @@ def _hidden_shape(config: RunConfig) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    for line in sys.stdin:
-        job = json.loads(line)
-        found = probe(config_from_dict(job["config"]), job["world_size"], job["expert_imbalance"])
+    """Layouts one after the other, of one model: Megatron-Core keeps records of its layers that outlive its groups."""
+    job = json.load(sys.stdin)
+    for config in job["configs"]:
+        found = probe(config_from_dict(config), job["world_size"], job["expert_imbalance"], job["gpu"])
         print(json.dumps([dataclasses.asdict(stage) for stage in found]), flush=True)
 
 

@@ -50,11 +50,8 @@ def order(stage: int, pp: int, vpp: int, microbatches: int) -> Iterator[tuple[bo
     forwards = [
         v for start in range(0, microbatches, pp) for v in range(vpp) for _ in range(min(pp, microbatches - start))
     ]
-    if vpp == 1:
-        warm_up = pp - stage - 1
-    else:
-        warm_up = 2 * (pp - stage - 1) + (vpp - 1) * pp
-    warm_up = min(warm_up, len(forwards))
+    later = pp - stage - 1
+    warm_up = min(later if vpp == 1 else 2 * later + (vpp - 1) * pp, len(forwards))
     for v in forwards[:warm_up]:
         yield True, v
     done = 0

@@ -1,0 +1,60 @@
+"""An impossible layout is refused with the nearest layouts that work."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mm.config import check_layout, load_config
+from megatron_mm.config.checks import check_consistency
+from megatron_mm.config.nearest import load_for, nearest_layouts
+from megatron_mm.errors import UserError
+from tests.ranks import ROOT
+
+RECIPES = ROOT / "examples/mm1"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "overrides", "field", "works"),
+    [
+        ("mm1-30b", 256, ["parallel.tensor_model_parallel_size=3"], "num_query_groups", "tensor_model_parallel_size=4"),
+        ("mm1-30b", 256, ["parallel.pipeline_model_parallel_size=5"], "first_pipeline_stage_layers", "pipeline"),
+        ("mm1-30b", 384, [], "training.global_batch_size", "virtual"),
+        ("mm1-3b-moe", 64, ["parallel.expert_model_parallel_size=48"], "experts", "expert_model_parallel_size=64"),
+        ("mm1-3b-moe", 64, ["parallel.sequence_parallel=false"], "sequence_parallel", "sequence_parallel=true"),
+    ],
+)
+def test_errors_name_what_works(name: str, gpus: int, overrides: list[str], field: str, works: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_for(RECIPES / f"{name}.yaml", overrides, gpus)
+    assert field in refused.value.where
+    assert works in refused.value.do
+    for line in refused.value.do.split("ranks:")[1].strip().splitlines():
+        assert load_for(RECIPES / f"{name}.yaml", [*overrides, *line.split()], gpus)
+
+
+def test_where_no_layout_works_the_nearest_numbers_of_ranks_are_named() -> None:
+    with pytest.raises(UserError) as refused:
+        load_for(RECIPES / "mm1-30b.yaml", [], 252)
+    assert "start 128 or 256 ranks" in refused.value.do
+    assert load_for(RECIPES / "mm1-30b.yaml", [], 128)
+
+
+def test_other_faults_keep_their_error() -> None:
+    with pytest.raises(UserError) as refused:
+        load_for(RECIPES / "mm1-3b.yaml", ["model.decoder.num_attention_heads=7"], 64)
+    assert "works on" not in refused.value.do
+
+
+@settings(deadline=None, max_examples=25)
+@given(gpus=st.integers(1, 600), tp=st.integers(1, 12), pp=st.integers(1, 12), ep=st.sampled_from([1, 2, 3, 8, 64]))
+def test_every_proposal_passes_the_checks(gpus: int, tp: int, pp: int, ep: int) -> None:
+    config = load_config(RECIPES / "mm1-3b-moe.yaml")
+    wanted = dataclasses.replace(
+        config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+    )
+    for parallel in nearest_layouts(dataclasses.replace(config, parallel=wanted), gpus):
+        candidate = dataclasses.replace(config, parallel=parallel)
+        check_consistency(candidate)
+        assert check_layout(candidate, gpus) >= 1
