@@ -67,6 +67,7 @@ def transformer_config(config: RunConfig) -> "TransformerConfig":
             moe_aux_loss_coeff=d.moe.load_balance_coeff,
             moe_z_loss_coeff=d.moe.z_loss_coeff,
             moe_token_dispatcher_type="alltoall",
+            moe_router_dtype="fp32",  # in bf16 many experts' scores would tie
         )
     return TransformerConfig(**options)
 
