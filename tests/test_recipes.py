@@ -131,7 +131,8 @@ def test_tiny_twin_has_the_same_parts(name: str) -> None:
             m.vision.family, m.vision.patch_size, m.vision.activation, m.connector.kind, d.family,
             d.moe and (d.moe.topk, d.moe.layer_freq), d.num_query_groups == d.num_attention_heads,
             p.tensor_model_parallel_size > 1, p.sequence_parallel, p.pipeline_model_parallel_size > 1,
-            p.virtual_pipeline_model_parallel_size > 1, p.first_pipeline_stage_layers is None, p.expert_model_parallel_size > 1, p.expert_tensor_parallel_size,
+            p.virtual_pipeline_model_parallel_size > 1, p.first_pipeline_stage_layers is None,
+            p.expert_model_parallel_size > 1, p.expert_tensor_parallel_size,
             p.overlap_grad_reduce, config.data.block_attention, [s.weight for s in config.data.sources],
         )  # fmt: skip
 

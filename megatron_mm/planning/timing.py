@@ -113,8 +113,9 @@ class _Links:
         away = size * (ranks - inside) / ranks / self.network
         return 2 * self.message + max(away, size * (inside - 1) / ranks / self.nvlink)
 
-    def send(self, size: float, stride: int) -> float:
-        return self.message + size / (self.nvlink if stride < self.node else self.network)
+    def send(self, size: float) -> float:
+        """To the next pipeline stage, which lies in another node."""
+        return self.message + size / self.network
 
 
 def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, assumed: Assumptions) -> _StageSeconds:
@@ -162,7 +163,7 @@ def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, ass
         expert *= moe * (passes - 1)
     pp, vpp = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
     # Interleaved, the messages run beside the work.
-    sent = 2 * links.send(stream / shared, gpu.gpus_per_node) if pp > 1 and vpp == 1 else 0.0
+    sent = 2 * links.send(stream / shared) if pp > 1 and vpp == 1 else 0.0
     image = image_messages = 0.0
     if first:
         image, image_messages = _image_seconds(config, gpu, links, assumed)
