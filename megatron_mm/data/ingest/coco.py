@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest import CHUNK_BYTES, BadRecord, Chunk, Part, Picture, Record
 from megatron_mm.data.ingest.beside import PICTURE_BYTES, check_pictures, find_picture, picture_folders
-from megatron_mm.data.ingest.fields import FieldError, text_field, url_field
+from megatron_mm.data.ingest.fields import FieldError, records, text_field, url_field
 from megatron_mm.data.ingest.wording import caption_parts
 from megatron_mm.errors import UserError
 
@@ -47,12 +47,11 @@ class COCO:
 
     def read(self, chunk: Chunk, kind: Kind) -> Iterator[Record | BadRecord]:
         captions, folders = _open(chunk.path), picture_folders(chunk.path)
-        for number in range(chunk.start, chunk.end):
-            where = f"{chunk.path}:annotations[{number}]"
-            try:
-                yield Record(where, _parts(captions.annotations[number], captions.images, folders))
-            except FieldError as error:
-                yield BadRecord(where, str(error))
+        annotations = (
+            (f"{chunk.path}:annotations[{number}]", captions.annotations[number])
+            for number in range(chunk.start, chunk.end)
+        )
+        return records(annotations, lambda annotation: _parts(annotation, captions.images, folders))
 
 
 class _Captions(NamedTuple):

@@ -1,8 +1,13 @@
-"""Values of a record's fields, checked: what every reader asks of text, URLs, paths and JSON."""
+"""From a record's fields to the record: text, URLs, paths and JSON checked; what fails gets its reason."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from megatron_mm.data.ingest import BadRecord, Part, Record
+
+T = TypeVar("T")
 
 
 class FieldError(ValueError):
@@ -47,3 +52,18 @@ def json_object(data: bytes | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FieldError("not a JSON object")
     return value
+
+
+def records(
+    items: Iterable[tuple[str, T] | BadRecord], parts: Callable[[T], tuple[Part, ...]]
+) -> Iterator[Record | BadRecord]:
+    """Records of items with their ids; what could not be read, or what `parts` raises FieldError for, in its place."""
+    for item in items:
+        if isinstance(item, BadRecord):
+            yield item
+            continue
+        where, content = item
+        try:
+            yield Record(where, parts(content))
+        except FieldError as error:
+            yield BadRecord(where, str(error))

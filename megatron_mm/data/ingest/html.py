@@ -24,7 +24,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest import CHUNK_BYTES, BadRecord, Chunk, Part, Picture, Record, Text
 from megatron_mm.data.ingest.beside import PICTURE_BYTES
-from megatron_mm.data.ingest.fields import FieldError
+from megatron_mm.data.ingest.fields import FieldError, records
 from megatron_mm.data.ingest.html_page import load_parser, read_page
 from megatron_mm.errors import UserError
 
@@ -70,12 +70,8 @@ class HTML:
 
     def read(self, chunk: Chunk, kind: Kind) -> Iterator[Record | BadRecord]:
         folder = chunk.path if chunk.path.is_dir() else chunk.path.parent
-        for page in _pages(chunk.path)[chunk.start : chunk.end]:
-            where = _shown(page)
-            try:
-                yield Record(where, _parts(page, folder))
-            except FieldError as error:
-                yield BadRecord(where, str(error))
+        pages = ((_shown(page), page) for page in _pages(chunk.path)[chunk.start : chunk.end])
+        return records(pages, lambda page: _parts(page, folder))
 
 
 def _pages(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from megatron_mm.errors import UserError
 
 MAX_LINE_BYTES = 256 << 20  # a longer line is no record: it would fill a worker's memory
 _BLOCK = 1 << 20
-_SAMPLE = 100  # lines at a file's start, to see how many pictures they name
+_SAMPLE = 100  # lines at a file's start
 _ZSTD_INPUT = 1 << 10  # bytes decompressed at once: 32 MiB at the most, should they be all zeros
 _ZSTD_WINDOW = 1 << 31  # `zstd --long=31` writes these
 _Readable = IO[bytes] | io.BufferedIOBase
@@ -51,7 +52,7 @@ def line_chunks(
                     _decompressed(file, compression).close()  # is the package there that this takes?
                     chunks.append(Chunk(path, 0, size, size))
                     continue
-                weight = _weight(file, pictures)
+                weight = _weight(first_lines(path), pictures)
                 while start < size:
                     end = _next_line(file, start + max(1, int(chunk_bytes / weight)), size)
                     chunks.append(Chunk(path, start, end, int((end - start) * weight)))
@@ -99,11 +100,15 @@ def read_lines(chunk: Chunk) -> Iterator[tuple[str, bytes] | BadRecord]:
         yield BadRecord(where, f"cannot read the input: {error.strerror}", damaged_input=True)
 
 
-def _weight(file: IO[bytes], pictures: Callable[[bytes], int]) -> float:
+def first_lines(path: Path) -> list[bytes]:
+    """Some at a file's start, to see what its lines hold; none where it cannot be read."""
+    start = Chunk(path, 0, _BLOCK, _BLOCK)
+    return [line[1] for line in islice(read_lines(start), _SAMPLE) if not isinstance(line, BadRecord)]
+
+
+def _weight(lines: Sequence[bytes], pictures: Callable[[bytes], int]) -> float:
     """Bytes to be read for a byte of the file, pictures that lie elsewhere among them."""
-    file.seek(0)
-    lines = [line for line in file.read(_BLOCK).split(b"\n")[:_SAMPLE] if line]
-    return 1 + PICTURE_BYTES * sum(map(pictures, lines)) / max(1, sum(len(line) + 1 for line in lines))
+    return 1 + PICTURE_BYTES * sum(map(pictures, lines)) / max(1, sum(map(len, lines)))
 
 
 def _next_line(file: IO[bytes], position: int, size: int) -> int:

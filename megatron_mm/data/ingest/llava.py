@@ -26,7 +26,7 @@ from typing import Any
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest import CHUNK_BYTES, BadRecord, Chunk, Part, Picture, Record, Text
 from megatron_mm.data.ingest.beside import PICTURE_BYTES, check_pictures, find_picture, picture_folders
-from megatron_mm.data.ingest.fields import FieldError, json_object, text_field
+from megatron_mm.data.ingest.fields import FieldError, json_object, records, text_field
 from megatron_mm.data.ingest.json_array import find_borders, is_array
 from megatron_mm.data.ingest.lines import line_chunks, read_lines
 from megatron_mm.errors import UserError
@@ -73,15 +73,7 @@ class LLaVA:
 
     def read(self, chunk: Chunk, kind: Kind) -> Iterator[Record | BadRecord]:
         folders = picture_folders(chunk.path)
-        for item in _records(chunk):
-            if isinstance(item, BadRecord):
-                yield item
-                continue
-            where, content = item
-            try:
-                yield Record(where, _parts(json_object(content), folders))
-            except FieldError as error:
-                yield BadRecord(where, str(error))
+        return records(_records(chunk), lambda record: _parts(json_object(record), folders))
 
 
 def _is_array(path: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest import CHUNK_BYTES, BadRecord, Chunk, Part, Picture, Record, Text
 from megatron_mm.data.ingest.beside import check_pictures, find_picture, picture_folders
-from megatron_mm.data.ingest.fields import FieldError, json_object, text_field, url_field
+from megatron_mm.data.ingest.fields import FieldError, json_object, records, text_field, url_field
 from megatron_mm.data.ingest.lines import line_chunks, read_lines
 from megatron_mm.data.ingest.wording import document_parts
 
@@ -43,15 +43,7 @@ class MMC4:
 
     def read(self, chunk: Chunk, kind: Kind) -> Iterator[Record | BadRecord]:
         folders = picture_folders(chunk.path)
-        for line in read_lines(chunk):
-            if isinstance(line, BadRecord):
-                yield line
-                continue
-            where, content = line
-            try:
-                yield Record(where, _parts(json_object(content), folders))
-            except FieldError as error:
-                yield BadRecord(where, str(error))
+        return records(read_lines(chunk), lambda line: _parts(json_object(line), folders))
 
 
 def _names(chunk: Chunk) -> Iterator[str]:

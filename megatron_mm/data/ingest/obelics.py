@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_mm.config import Kind
 from megatron_mm.data.ingest import CHUNK_BYTES, BadRecord, Chunk, Part, Picture, Record, Text
-from megatron_mm.data.ingest.fields import FieldError, json_object, local_path, text_field, url_field
+from megatron_mm.data.ingest.fields import FieldError, json_object, local_path, records, text_field, url_field
 from megatron_mm.data.ingest.lines import line_chunks, read_lines
 from megatron_mm.data.ingest.parquet import picture_of
 from megatron_mm.data.ingest.parquet_file import find_column, open_parquet, read_rows, row_group_chunks, wrong_columns
@@ -50,15 +50,7 @@ class Obelics:
         with open_parquet(chunk.path) as file:
             columns = [name for name in _columns(chunk.path, file) if name]
             manifest = _read_manifest(_manifest_of(chunk.path))
-            for row in read_rows(file, chunk, columns):
-                if isinstance(row, BadRecord):
-                    yield row
-                    continue
-                where, (images, texts, *metadata) = row
-                try:
-                    yield Record(where, _parts(images, texts, _urls(metadata), chunk.path.parent, manifest))
-                except FieldError as error:
-                    yield BadRecord(where, str(error))
+            yield from records(read_rows(file, chunk, columns), lambda row: _parts(row, chunk.path.parent, manifest))
 
 
 def _columns(path: Path, file: Any) -> tuple[str, str, str]:
@@ -132,12 +124,15 @@ def _urls(metadata: list[Any]) -> list[str]:
         return []
 
 
-def _parts(images: Any, texts: Any, urls: list[str], folder: Path, manifest: _Manifest) -> tuple[Part, ...]:
+def _parts(row: Sequence[Any], folder: Path, manifest: _Manifest) -> tuple[Part, ...]:
+    images, texts, *metadata = row
     if images is None or texts is None:
         raise FieldError('"images" is missing' if images is None else '"texts" is missing')
     if len(images) != len(texts):
         raise FieldError(f"lists of two lengths: {len(images)} images, {len(texts)} texts")
-    urls = urls if len(urls) == len(images) else [""] * len(images)
+    urls = _urls(metadata)
+    if len(urls) != len(images):
+        urls = [""] * len(images)
     blocks: list[Picture | str] = []
     for image, text, url in zip(images, texts, urls, strict=True):
         if image is not None and text is not None:

@@ -185,6 +185,23 @@ def test_files_that_name_pictures_elsewhere_are_cut_as_if_they_held_them(tmp_pat
     assert [chunk.bytes for chunk in JSONLines().chunks([inside])] == [inside.stat().st_size]
 
 
+@pytest.mark.parametrize(
+    ("row", "chunks"),
+    [
+        ({"text": "a" * 100}, 20),
+        ({"content": [{"text": "a" * 100}]}, 20),
+        ({"image": {"base64": "YWFh" * 20}, "text": "a"}, 5),
+        ({"content": [{"text": "a"}, {"image": {"base64": "YWFh" * 20}}]}, 5),
+    ],
+)
+def test_text_alone_is_cut_finer(tmp_path, row, chunks):
+    path = write_jsonl(tmp_path / "x.jsonl", [row] * 1000)
+    size = path.stat().st_size
+    found = [chunk.end - chunk.start for chunk in JSONLines(size // 5 + 1).chunks([path])]
+    assert sum(found) == size
+    assert max(found) == pytest.approx(size / chunks, rel=0.05)
+
+
 def test_urls_of_pictures_are_kept_for_filters(tmp_path):
     content = [{"image": {"path": "a.jpg", "url": "https://x/a.jpg"}}, {"image": {"base64": "YQ==", "url": 3}}]
     path = write_jsonl(tmp_path / "x.jsonl", [{"content": [*content, {"text": "a"}]}])
