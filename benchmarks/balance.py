@@ -7,7 +7,7 @@ waiting.
 
     before   sample i of the batch goes to microbatch i div size of one, and these to the ranks in turn, as
              data-parallel samplers do
-    after    megatron_mm.data.batch.deal: the same batch, other places
+    after    megatron_mm.data.batch: `deal`, then `back_and_forth`: the same batch, other places
 
 Two mixes, each packed and mixed as a run would:
 
@@ -30,7 +30,7 @@ import numpy as np
 from common import ROOT, finish, options, table
 from corpora import MM1, Corpus, corpus
 
-from megatron_mm.data.batch import deal
+from megatron_mm.data.batch import back_and_forth, deal
 from megatron_mm.data.mixture import Mixture
 from megatron_mm.data.packing import pack
 from megatron_mm.data.pieces import Limits
@@ -108,10 +108,10 @@ def unevenness(batches: np.ndarray, ranks: int, micro: int, dealt: bool) -> Unev
     """Args: micro: sequences of a microbatch."""
     most = np.zeros(2)
     for images in batches:
-        bins = len(images) // micro
-        places = deal(images, bins) if dealt else np.arange(len(images)).reshape(bins, micro)
-        # Microbatch p is that of rank p mod ranks in step p div ranks.
-        of_rank = images[places].sum(1).reshape(-1, ranks)
+        # Samples of each step of microbatches, rank and place in the microbatch.
+        in_order = np.arange(len(images)).reshape(-1, ranks, micro)
+        places = back_and_forth(deal(images, len(images) // micro), ranks) if dealt else in_order
+        of_rank = images[places].sum(2)
         most += of_rank.max(1).sum() * ranks, of_rank.sum(0).max() * ranks
     return Unevenness(*(most / batches.sum()).tolist())
 

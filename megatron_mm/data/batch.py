@@ -191,3 +191,19 @@ def deal(image_counts: np.ndarray, num_bins: int) -> np.ndarray:
             heapq.heappush(heap, (totals[number], number))
     order = sorted(range(num_bins), key=lambda number: (-totals[number], number))
     return np.array([sorted(bins[number]) for number in order], dtype=np.int64)
+
+
+def back_and_forth(bins: np.ndarray, dp_size: int) -> np.ndarray:
+    """Microbatches that are dealt by falling number of pictures, given to data-parallel ranks.
+
+    The direction turns each time: the rank with the most pictures of one microbatch has the fewest of the next, so that
+    over the whole batch they even out too.
+
+    Args:
+        bins: [n · dp_size, b], as `deal` gives them.
+    Returns:
+        [n, dp_size, b]; [p, r] is rank r's microbatch p.
+    """
+    of_rank = bins.reshape(-1, dp_size, bins.shape[1]).copy()
+    of_rank[1::2] = of_rank[1::2, ::-1].copy()
+    return of_rank

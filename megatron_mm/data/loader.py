@@ -102,18 +102,21 @@ class TrainingData:
         return Decoder(decode, vision.image_size, vision.image_mean, d.max_bad_image_rate)
 
     def report(self) -> str:
-        """A line a source: what it holds, how well it packs, how often the run goes through it."""
+        """A line a source: what it holds, how well it packs, how often the run goes through it, and when it repeats."""
         t = self.config.training
         samples = t.steps * t.global_batch_size
         epochs, counts = self.mixture.epochs(samples), self.mixture.counts(samples)
         lines = [f"{samples} sequences of {self.layout.seq_length} positions in {t.steps} steps:"]
         for k, name in enumerate(self.source_names):
             source, packed = self.sources[k], self.train[k]
+            repeat = self.mixture.first_repeat(k, samples)
+            step = 0 if repeat is None else repeat // t.global_batch_size + 1  # as the log counts them
+            repeats = f"repeats from step {step} on" if step else "no sequence twice"
             lines.append(
                 f"  {name} ({source.kind}): {len(source)} documents in {len(packed)} sequences, "
                 f"{packed.fill:.1%} filled, {packed.images / max(1, len(packed)):.1f} images each; "
                 f"{counts[k] / samples:.1%} of the run, "
-                f"{epochs[k]:.2f} epochs; {len(self.validation[k])} sequences held out"
+                f"seen {epochs[k]:.2f} times over, {repeats}; {len(self.validation[k])} sequences held out"
             )
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_mm.data.batch import Assembled, assemble, deal, share_of
+from megatron_mm.data.batch import Assembled, assemble, back_and_forth, deal, share_of
 from megatron_mm.data.decode import EncodedImage
 from megatron_mm.data.decode.device import left_to_device
 from megatron_mm.data.handover import Label, Parcel, Sent, Slots
@@ -85,7 +85,7 @@ class Microbatches(Dataset[Sent | UserError]):
         for source in np.unique(self._sources).tolist():
             mine = (self._sources == source) & (self._sequences >= 0)
             counts[mine] = self._packed(source).image_counts[self._sequences[mine]]
-        self._dealt = deal(counts, self.batch_size // self.micro_size)
+        self._dealt = back_and_forth(deal(counts, self.batch_size // self.micro_size), self.dp_size)
         self._batch = batch
 
     @property
@@ -106,9 +106,7 @@ class Microbatches(Dataset[Sent | UserError]):
     def parcel(self, number: int) -> Parcel:
         batch, place = divmod(number, self.per_batch)
         self._locate(batch)
-        # Back and forth: who has the most images of one microbatch has the fewest of the next.
-        rank = self.dp_size - 1 - self.dp_rank if place % 2 else self.dp_rank
-        mine = self._dealt[place * self.dp_size + rank]
+        mine = self._dealt[place, self.dp_rank]
         samples = np.where(self._sequences[mine] >= 0, mine + batch * self.batch_size, -1)
         rows: list[Assembled] = []
         pictures: list[_Picture] = []

@@ -8,6 +8,7 @@ Which of its sequences: its k-th sample is place k mod size of epoch k div size,
 own: a Feistel network over the next power of two, keyed by seed, source and epoch, walked until it falls inside.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
@@ -125,3 +126,10 @@ class Mixture:
     def epochs(self, n: int) -> list[float]:
         """How often each source is gone through by n samples."""
         return [count / size if size else 0.0 for count, size in zip(self.counts(n), self.sizes, strict=True)]
+
+    def first_repeat(self, source: int, n: int) -> int | None:
+        """The first of n samples that shows a sequence of the source for the second time; None: no sample does."""
+        size = self.sizes[source]
+        if self.counts(n)[source] <= size:
+            return None
+        return bisect_left(range(n), size + 1, key=lambda sample: self.counts(sample + 1)[source])

@@ -68,7 +68,7 @@ def show_sequences(config_path: Path, samples: range, output: Path) -> int:
             fragments = look(source, packed.pieces(number), data.layout, block, data.tokenizer)
             used = fragments[-1].positions.stop
             facts = (
-                f"step {sample // batch} · source {data.source_names[k]} ({source.kind}), its sequence {number} of "
+                f"step {sample // batch + 1} · source {data.source_names[k]} ({source.kind}), its sequence {number} of "
                 f"{len(packed)} · {used} of {data.layout.seq_length} positions filled "
                 f"({used / data.layout.seq_length:.1%}) · {len(fragments)} documents · {counts(fragments)}"
             )

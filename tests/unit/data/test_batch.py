@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mm.data.batch import assemble, deal, share_of
+from megatron_mm.data.batch import assemble, back_and_forth, deal, share_of
 from megatron_mm.data.ingest.images import store
 from megatron_mm.data.packing import PackedSource, Piece
 from megatron_mm.data.source import Source, SourceWriter, verify_source
-from tests.unit.data.test_packing import LAYOUT
+from tests.unit.data.documents import LAYOUT
 
 
 def naive(source, pieces, layout, block_attention):
@@ -119,6 +119,23 @@ def test_deal_evens_out():
     assert dealt.max() - dealt.min() <= 2
     with pytest.raises(ValueError, match="do not divide"):
         deal(counts, 100)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
+def test_back_and_forth(rounds, ranks, room):
+    bins = np.arange(rounds * ranks * room).reshape(-1, room)
+    given = back_and_forth(bins, ranks)
+    assert given.shape == (rounds, ranks, room)
+    for number in range(rounds):
+        in_turn = bins[number * ranks : (number + 1) * ranks].tolist()
+        assert given[number].tolist() == (in_turn[::-1] if number % 2 else in_turn)
+
+
+def test_back_and_forth_evens_out_whole_batches():
+    """Counts that fall evenly: two turns give every rank the same."""
+    bins = np.arange(64, 0, -1)[:, None]
+    assert set(back_and_forth(bins, 8).sum(axis=(0, 2)).tolist()) == {260}
+    assert np.ptp(bins.reshape(-1, 8).sum(axis=0)) == 56
 
 
 @pytest.mark.parametrize("images", range(12))

@@ -149,7 +149,9 @@ def test_sequences_are_those_of_the_run(sources: Path, tokenizer: Tokenizer, tmp
         expected = assemble(source, pieces, data.layout, True)
         used = int((expected.documents >= 0).sum())
         name = data.source_names[k]
-        assert section.facts.startswith(f"step {sample // 8} · source {name} ({source.kind}), its sequence {number} ")
+        assert section.facts.startswith(
+            f"step {sample // 8 + 1} · source {name} ({source.kind}), its sequence {number} "
+        )
         assert f"{used} of 64 positions" in section.facts
         assert section.padding == 64 - used
         assert [(a.document, a.start, a.end - 1) for a in section.articles] == pieces

@@ -124,6 +124,15 @@ def test_ranks_of_a_microbatch_hold_similar_numbers_of_pictures(sources, tokeniz
         assert max(counts) - min(counts) <= 5
 
 
+def test_who_has_the_most_pictures_of_one_microbatch_has_the_fewest_of_the_next(sources, tokenizer):
+    data = TrainingData.open(run_config(sources, tokenizer))
+    for step in take(data, 10, 2):
+        first, second = ([batch.num_images for batch in microbatch] for microbatch in step)
+        assert first == sorted(first, reverse=True)
+        assert second == sorted(second)
+        assert min(first) >= max(second)
+
+
 def test_pictures_are_those_of_the_source(sources, tokenizer):
     """Placeholder by placeholder against the source's own bytes."""
     data = TrainingData.open(run_config(sources, tokenizer))
@@ -320,9 +329,27 @@ def test_report_and_attributes(sources, tokenizer):
     assert data.tokenizer.hash == tokenizer.hash
     layout = data.layout
     assert (layout.seq_length, layout.max_images, layout.tokens_per_image, layout.image_token_id) == (64, 5, 4, 4)
-    report = data.report()
-    assert "80 sequences of 64 positions in 10 steps" in report
-    assert all(f"{name} (" in report and "epochs" in report for name in data.source_names)
+    head, *lines = data.report().splitlines()
+    assert head == "80 sequences of 64 positions in 10 steps:"
+    assert [line.split()[0] for line in lines] == data.source_names
+
+
+def test_report_tells_when_sources_repeat(sources, tokenizer):
+    """Against the sequences of every step, one by one."""
+    # Captions are few sequences and repeat; text has so little weight that it does not.
+    data = TrainingData.open(run_config(sources, tokenizer, training={"steps": 30}))
+    shown: dict[int, list[int]] = {k: [] for k in range(3)}
+    first: dict[int, int] = {}
+    for sample in range(30 * 8):
+        source, sequence = data.mixture.locate(sample)
+        if sequence in shown[source]:
+            first.setdefault(source, sample // 8 + 1)
+        shown[source].append(sequence)
+    assert 0 < len(first) < 3
+    for k, line in enumerate(data.report().splitlines()[1:]):
+        times = len(shown[k]) / len(data.train[k])
+        repeats = f"repeats from step {first[k]} on" if k in first else "no sequence twice"
+        assert f"{len(shown[k]) / 240:.1%} of the run, seen {times:.2f} times over, {repeats};" in line
 
 
 def test_caches_go_where_the_config_says(sources, tokenizer, tmp_path):

@@ -68,6 +68,31 @@ def test_epochs():
     assert Mixture([10, 20, 0], [1, 3, 0], 0).epochs(40) == [1.0, 1.5, 0.0]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.sampled_from([45.0, 0.1, 1 / 3, 1.0, 7.0, 0.0])), min_size=1, max_size=5
+    ).filter(lambda sources: any(weight for _, weight in sources)),
+    st.integers(0, 400),
+)
+def test_first_repeat_is_that_of_a_walk(sources, n):
+    sizes, weights = zip(*sources, strict=True)
+    mixture = Mixture(sizes, weights, seed=5)
+    seen, first = set(), {}
+    for sample, shown in enumerate(zip(*mixture.locate_all(np.arange(n)), strict=True)):
+        if shown in seen:
+            first.setdefault(int(shown[0]), sample)
+        seen.add(shown)
+    assert [mixture.first_repeat(k, n) for k in range(len(sizes))] == [first.get(k) for k in range(len(sizes))]
+
+
+def test_first_repeat_of_a_long_run():
+    mixture = Mixture([10**10, 10**10], [1.0, 3.0], 0)
+    assert mixture.first_repeat(0, 4 * 10**10) is None
+    first = mixture.first_repeat(0, 10**12)
+    assert [mixture.counts(first + more)[0] for more in (0, 1)] == [10**10, 10**10 + 1]
+
+
 def test_a_weight_for_nothing():
     with pytest.raises(UserError, match=r"data.sources.1: .*no sequence"):
         Mixture([10, 0], [1.0, 0.5], 0)
