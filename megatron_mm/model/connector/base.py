@@ -1,6 +1,7 @@
 """What every connector is: patch features in, a fixed number of decoder embeddings out."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class ConnectorShape(Protocol):
     def depth(self) -> int: ...
 
 
-class Connector(nn.Module):
+class Connector(nn.Module, ABC):
     """[n, grid², vision_hidden] patch features, row by row and without class token → [n, num_tokens, output_size].
 
     Args:
@@ -38,9 +39,9 @@ class Connector(nn.Module):
         super().__init__()
         self.grid, self.side, self.init_std = grid, square_side(config.num_tokens), init_std
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the initial weights anew from torch's generator, always in the same order."""
-        raise NotImplementedError
 
     def as_grid(self, features: Tensor) -> Tensor:
         """[n, grid², c] seen as [n, c, grid, grid], in channels-last memory: nothing is copied."""

@@ -7,7 +7,7 @@ import torch
 
 from megatron_mm.config import ConnectorConfig
 from megatron_mm.errors import UserError
-from megatron_mm.model.connector import CONNECTORS, build_connector
+from megatron_mm.model.connector import CONNECTORS, Connector, build_connector
 
 
 def build(kind: str, vision: int, grid: int, output: int, tokens: int, hidden: int = 16):
@@ -95,3 +95,11 @@ def test_every_parameter_learns_and_is_drawn_again_alike(kind):
 def test_pixel_shuffle_needs_whole_squares():
     with pytest.raises(UserError, match=r"(?s)144 tokens from a grid of 27.*allowed: 1, 9, 81, 729"):
         build_connector(ConnectorConfig(kind="pixel_shuffle_mlp"), 12, 27, 8)
+
+
+def test_a_kind_must_draw_its_weights():
+    class Unfinished(Connector):
+        pass
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Unfinished(ConnectorConfig(num_tokens=4), 8, 4, 16)
