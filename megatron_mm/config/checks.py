@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from megatron_mm.config.schema import ConnectorConfig, RunConfig, source_name
+from megatron_mm.config.schema import ConnectorConfig, RunConfig, TrainingConfig, source_name
 from megatron_mm.errors import UserError
 
 
@@ -82,6 +82,19 @@ def _check_connector(connector: ConnectorConfig, grid: int) -> None:
         )  # fmt: skip
     if connector.kind == "attention_pool" and connector.hidden_size > 64:
         _multiple(connector.hidden_size, 64, "model.connector.hidden_size", "the width of an attention head")
+
+
+def _check_fp8_vision(t: TrainingConfig) -> None:
+    """Delayed scaling reduces its maxima over all data-parallel ranks after every pass through the encoder, and a rank
+    whose microbatch has no image makes no such pass: the others would wait for it."""
+    if t.fp8_vision and t.fp8 in (None, "delayed"):
+        why = "the encoder's FP8 takes training.fp8's recipe"
+        if t.fp8 == "delayed":
+            why = "delayed scaling needs all ranks at each pass, and ranks without images do not pass the encoder"
+        raise UserError(
+            why, where="training.fp8_vision", found=f"training.fp8 = {t.fp8 or 'null'}",
+            allowed="training.fp8 tensorwise, blockwise or mxfp8", do="set training.fp8 to one of them",
+        )  # fmt: skip
 
 
 def check_consistency(c: RunConfig) -> None:
@@ -169,6 +182,7 @@ def check_consistency(c: RunConfig) -> None:
         if names.count(name) > 1:
             raise UserError("two sources share a name", where="data.sources", found=name, do="set data.sources.N.name")
     _multiple(t.global_batch_size, t.micro_batch_size, "training.global_batch_size", "training.micro_batch_size")
+    _check_fp8_vision(t)
 
 
 def _check_interleaving(c: RunConfig, microbatches: int) -> None:

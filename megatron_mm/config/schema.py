@@ -215,8 +215,10 @@ class TrainingConfig:
     # Transformer Engine's layers have fused attention over packed documents, fused norms and grouped experts; auto
     # takes them on a GPU where they are installed.
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
-    # Decoder's matrix products in FP8 by this scaling recipe; None: in `precision`. The encoder stays in bf16.
+    # Decoder's matrix products in FP8 by this scaling recipe; None: in `precision`.
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    # The encoder's too, by the same recipe (any but delayed). Off: its effect on features is not measured yet.
+    fp8_vision: bool = False
     log_interval: int = 1  # steps
     validation_interval: int = 1000  # steps; 0: never
     validation_batches: int = 8  # global batches a source

@@ -29,6 +29,15 @@ def document_starts(documents: Tensor) -> Tensor:
     return torch.cat([starts, starts.new_tensor([documents.numel()])]).to(torch.int32)
 
 
+def image_starts(images: int, positions: int, tile: int, device: torch.device) -> Tensor:
+    """int32: where each image starts in a row of all of them, padded to whole tiles, and the row's end. The padding, if
+    there is any, counts as a document of its own. Made without a copy from the host."""
+    starts = torch.arange(images + 1, dtype=torch.int32, device=device) * positions
+    end = images * positions
+    padding = -end % tile
+    return torch.nn.functional.pad(starts, (0, 1), value=end + padding) if padding else starts
+
+
 def packed_documents(starts: Tensor, seq_length: int) -> "PackedSeqParams":
     """What Transformer Engine's attention is told. `seq_length` bounds a document's length: the exact longest one would
     make the host wait for the device."""

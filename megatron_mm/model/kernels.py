@@ -68,6 +68,12 @@ def _check_fp8(config: RunConfig, recipe: str) -> None:
         )  # fmt: skip
 
 
+def vision_tile(config: RunConfig) -> int | None:
+    """What the encoder's row of positions must be a multiple of, in FP8; None: the encoder is not in FP8."""
+    recipe = config.training.fp8
+    return _FP8_MULTIPLE[recipe] if recipe and config.training.fp8_vision else None
+
+
 def check_fp8_shapes(config: RunConfig) -> None:
     """FP8 matrices have sides of whole tiles. Raises UserError; needs no GPU."""
     recipe = config.training.fp8
@@ -84,11 +90,17 @@ def check_fp8_shapes(config: RunConfig) -> None:
     }
     if d.moe is not None:
         sides["model.decoder.moe.ffn_hidden_size"] = (d.moe.ffn_hidden_size or d.ffn_hidden_size) // p.expert_tp
+    if config.training.fp8_vision:  # its positions are padded to whole tiles, its heads are as wide as its stream
+        v, ranks = config.model.vision, tp if p.vision_tensor_parallel else 1
+        sides["model.vision.hidden_size"] = v.hidden_size // ranks
+        sides["model.vision.ffn_hidden_size"] = v.ffn_hidden_size // ranks
     for where, side in sides.items():
         if side % tile:
+            field = "fp8_vision" if where.startswith("model.vision") else "fp8"
             raise UserError(
                 f"{recipe} FP8 works on tiles of {tile}", where=where, found=f"{side} on each rank",
-                allowed=f"a multiple of {tile}", do="change it or the parallel sizes, or leave training.fp8 out",
+                allowed=f"a multiple of {tile}",
+                do=f"change it, the parallel sizes or the recipe, or leave training.{field} out",
             )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from megatron_mm.config import RunConfig, SequenceLayout
 from megatron_mm.model.attention import attention_mask, document_starts, packed_documents
 from megatron_mm.model.connector import Connector, build_connector
 from megatron_mm.model.decoder import build_decoder, transformer_config
-from megatron_mm.model.kernels import uses_transformer_engine
+from megatron_mm.model.kernels import uses_transformer_engine, vision_tile
 from megatron_mm.parallel.backend import import_megatron
 
 import_megatron()
@@ -92,7 +92,8 @@ class MultimodalModel(MegatronModule):
         self.vision: VisionEncoder | None = None
         self.connector: Connector | None = None
         if pre_process:
-            self.vision = VisionEncoder(v, self.transformer, config.parallel.vision_tensor_parallel, self.packed)
+            split, tile = config.parallel.vision_tensor_parallel, vision_tile(config)
+            self.vision = VisionEncoder(v, self.transformer, split, self.packed, tile)
             self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
         self.language_model = build_decoder(config, self.transformer, pre_process, post_process, chunk)

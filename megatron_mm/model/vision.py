@@ -6,6 +6,10 @@ Megatron-Core's own CLIPViTModel fixes the resolution and returns what LLaVA nee
 what MM1 needs, and its parameters keep Megatron's names. By default it is not tensor-parallel: each rank of the group
 encodes its share of the images with a full copy (see `multimodal.py`), so any head count works and no activation is
 exchanged.
+
+The images are a batch, [positions, n, h] inside the block. FP8 wants whole tiles of 16, 32 or 128 rows, which 729 or
+730 positions are not: then they lie end to end in one row, padded at its end only, and attention is told the borders
+(`thd`, as for the decoder's documents). Padding each image, or the number of images, would waste more.
 """
 
 import copy
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mm.config import VisionConfig
+from megatron_mm.model.attention import image_starts, packed_documents
 from megatron_mm.parallel.backend import import_megatron
 
 import_megatron()
@@ -48,7 +53,7 @@ _ACTIVATIONS = {
 
 
 def vision_transformer_config(
-    vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool
+    vision: VisionConfig, decoder: "TransformerConfig", tensor_parallel: bool, fp8: bool
 ) -> "TransformerConfig":
     """The decoder's configuration with the encoder's shape, and none of its experts or of its other parallelism."""
     config = copy.deepcopy(decoder)
@@ -72,7 +77,8 @@ def vision_transformer_config(
     config.num_moe_experts = None
     config.moe_layer_freq = 1
     config.moe_grouped_gemm = False
-    config.fp8 = None  # an image's tokens, 729 or 730, are no whole tiles
+    if not fp8:
+        config.fp8 = None
     config.apply_rope_fusion = False
     config.bias_activation_fusion = False  # the fused one is the tanh form of GELU, whatever was asked for
     return config
@@ -102,8 +108,9 @@ class VisionEncoder(MegatronModule):
         decoder: "TransformerConfig",
         tensor_parallel: bool = False,
         transformer_engine: bool = False,
+        tile: int | None = None,  # FP8's (`kernels.vision_tile`): positions in one row of a multiple of it
     ) -> None:
-        config = vision_transformer_config(vision, decoder, tensor_parallel)
+        config = vision_transformer_config(vision, decoder, tensor_parallel, fp8=tile is not None)
         super().__init__(config=config)
         h, patch, shape = vision.hidden_size, vision.patch_size, vision.shape
         self.conv1 = torch.nn.Conv2d(3, h, patch, stride=patch, bias=shape.patch_bias)
@@ -116,6 +123,7 @@ class VisionEncoder(MegatronModule):
         self.decoder = TransformerBlock(
             config, spec, pre_process=True, post_process=False, pg_collection=_groups(tensor_parallel)
         )
+        self.tile = tile
         # Not buffers: those would follow the module into bf16.
         self.mean = [255 * m for m in vision.image_mean]
         self.std = [255 * s for s in vision.image_std]
@@ -132,9 +140,22 @@ class VisionEncoder(MegatronModule):
         x = x + self.position_embeddings.weight
         if self.ln_pre is not None:
             x = self.ln_pre(x)
-        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None)  # [num_positions, n, h]
+        if self.tile is None:
+            x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
+        else:
+            x = self._end_to_end(x, self.tile)
         if self.class_token is not None:
-            x = x[1:]
+            x = x[:, 1:]
         if self.ln_post is not None:
             x = self.ln_post(x)
-        return x.transpose(0, 1).contiguous()
+        return x.contiguous()
+
+    def _end_to_end(self, x: Tensor, tile: int) -> Tensor:
+        """The block on [n, positions, h] as one row [t, 1, h] of whole tiles; the padding's part is dropped."""
+        n, positions, _ = x.shape
+        length = n * positions
+        padding = -length % tile
+        row = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, padding)).unsqueeze(1)
+        borders = packed_documents(image_starts(n, positions, tile, x.device), max(positions, padding))
+        row = self.decoder(row, attention_mask=None, packed_seq_params=borders)
+        return row[:length].reshape(x.shape)

@@ -195,6 +195,10 @@ def _image_seconds(config: RunConfig, gpu: Gpu, links: _Links, assumed: Assumpti
     """Of each image of a microbatch, forward and backward, dealt over the tensor-parallel group or split over it."""
     m, t, p, tp = config.model, config.training, config.parallel, config.parallel.tensor_model_parallel_size
     vision, connector = image_flops(m)
+    if t.fp8_vision:  # its products gain what the decoder's do, its attention nothing
+        v = m.vision
+        attention = 4.0 * v.built_layers * v.num_positions**2 * v.hidden_size
+        vision = attention + (vision - attention) * gpu.bf16 * assumed.matmul / (gpu.fp8 * assumed.fp8_matmul)
     again = 1.0 if t.recompute and "vision" not in t.frozen else 0.0
     vision *= (1.0 if "vision" in t.frozen else 3.0) + again
     connector *= 1.0 if {"vision", "connector"} <= set(t.frozen) else 3.0

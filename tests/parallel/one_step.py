@@ -2,8 +2,8 @@
 
     python tests/parallel/one_step.py CONFIG.yaml OUT_DIR [--packed]
 
---packed runs the form that Transformer Engine's attention takes (rows end to end, told the documents' borders) through
-the local layers: a mask stands for the borders.
+--packed runs the form that Transformer Engine's attention takes (rows end to end, told the documents' borders; in FP8
+the encoder's images too) through the local layers: a mask stands for the borders.
 
 For each variant (images on all, on some, on no ranks) rank r writes OUT_DIR/VARIANT.r.safetensors, with this rank's
 boxes of the gradients keyed NAME@OFFSET, and rank 0 writes OUT_DIR/VARIANT.json with the loss and the gradient norm.
@@ -97,6 +97,17 @@ def borders_as_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple
     return args, {**kwargs, "attention_mask": attention_mask(numbers.unsqueeze(0))}
 
 
+def borders_as_full_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """As above, where a position sees all of its document. The plain form comes without borders."""
+    borders = kwargs.pop("packed_seq_params", None)
+    if borders is None:
+        return args, kwargs
+    lengths = borders.cu_seqlens_q.diff()
+    assert lengths.max() <= borders.max_seqlen_q
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return args, {**kwargs, "attention_mask": (numbers[:, None] != numbers)[None, None]}
+
+
 def main() -> None:
     config, out = load_config(sys.argv[1]), Path(sys.argv[2])
     topology = initialize(config, launch())
@@ -106,6 +117,9 @@ def main() -> None:
         for chunk in trainer.chunks:
             chunk.packed = True
             chunk.language_model.register_forward_pre_hook(borders_as_mask, with_kwargs=True)
+            if chunk.vision is not None:
+                chunk.vision.tile = 16
+                chunk.vision.decoder.register_forward_pre_hook(borders_as_full_mask, with_kwargs=True)
     size = config.training.micro_batch_size
     for variant, counts in VARIANTS.items():
         bins = [list(range(i, i + size)) for i in range(0, config.training.global_batch_size, size)]

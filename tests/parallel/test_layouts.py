@@ -32,7 +32,7 @@ class Layout:
     moe: bool = False
     even_heads: bool = False  # the encoder's 3 heads of 16 become 4 of 12, to be cut in two
     training: dict[str, Any] = field(default_factory=dict)
-    packed: bool = False  # rows end to end, as Transformer Engine's attention takes them
+    packed: bool = False  # rows end to end, as Transformer Engine's attention takes them; the encoder's too
 
 
 LAYOUTS = {
@@ -54,6 +54,9 @@ LAYOUTS = {
     ),
     "packed-tp2-sp": Layout(2, TP2_SP, 5e-6, packed=True),
     "packed-pp2-virtual": Layout(2, VPP2, 5e-6, packed=True),
+    "packed-vision-tp2-recompute": Layout(
+        2, {**TP2, **VISION_TP}, 5e-6, even_heads=True, training={"recompute": True}, packed=True
+    ),
     "vision-tp2": Layout(2, {**TP2, **VISION_TP}, 5e-6, even_heads=True),
     "vision-tp2-sp-pp2": Layout(4, {**TP2_SP, **PP2, **VISION_TP}, 5e-6, even_heads=True),
     "frozen-encoder-tp2": Layout(2, TP2, 5e-6, training={"frozen": ["vision"]}),

@@ -131,6 +131,16 @@ def test_what_should_be_slower_is(slower: str, faster: str) -> None:
     assert estimate("mm1-30b", 256, slower).time.total > estimate("mm1-30b", 256, faster).time.total
 
 
+def test_fp8_in_the_encoder_is_the_encoders_gain() -> None:
+    """At most that of its products alone: its attention and the connector stay in bf16."""
+    bf16 = estimate("mm1-3b", 64, "training.fp8=tensorwise").time
+    fp8 = estimate("mm1-3b", 64, "training.fp8=tensorwise", "training.fp8_vision=true").time
+    gpu = GPUS["h100"]
+    most = gpu.fp8 * ASSUMPTIONS.fp8_matmul / (gpu.bf16 * ASSUMPTIONS.matmul)
+    assert 1.3 < bf16.encoder / fp8.encoder < most
+    assert fp8.decoder == bf16.decoder
+
+
 def test_images_cost_time_and_their_spread_too() -> None:
     none, some, most = (estimate("mm1-3b", 64, images=n).time for n in (0, 8, 16))
     assert none.encoder == 0

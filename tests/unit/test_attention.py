@@ -1,10 +1,10 @@
-"""The two ways to keep attention inside documents say the same."""
+"""The two ways to keep attention inside documents say the same; an encoder's images end to end in a row."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mm.model.attention import attention_mask, document_starts
+from megatron_mm.model.attention import attention_mask, document_starts, image_starts
 
 ROWS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=4)
 
@@ -30,3 +30,15 @@ def test_borders_and_mask_agree(rows: list[list[int]], padding: int, blocks: boo
         inside = slice(row * s, (row + 1) * s)
         assert torch.equal(flat[inside, inside], mask[0])
         assert flat[inside, : inside.start].all()
+
+
+@given(st.integers(1, 40), st.integers(1, 800), st.sampled_from([1, 16, 32, 128]))
+def test_images_fill_whole_tiles(images: int, positions: int, tile: int) -> None:
+    starts = image_starts(images, positions, tile, torch.device("cpu"))
+    assert starts.dtype == torch.int32
+    assert starts[-1] % tile == 0
+    lengths = starts.diff().tolist()
+    assert lengths[:images] == [positions] * images
+    padding = lengths[images:]
+    assert len(padding) == (images * positions % tile > 0)
+    assert all(0 < length < tile for length in padding)

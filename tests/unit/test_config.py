@@ -110,6 +110,8 @@ BAD = [
     (["training.steps='5'"], "training.steps", "'5'"),
     (["parallel.sequence_parallel=1"], "parallel.sequence_parallel", "1"),
     (["training.precision=fp64"], "training.precision", "bf16"),
+    (["training.fp8_vision=true"], "training.fp8_vision", "set training.fp8"),
+    (["training.fp8_vision=true", "training.fp8=delayed"], "training.fp8_vision", "ranks without images"),
     (["model.decoder.family=gpt"], "model.decoder.family", "qwen3"),
     (["model.vision.image_mean=[0.5, 0.5]"], "model.vision.image_mean.2", "required"),
     (["run_dir=2024-01-01"], "", "a type that a config cannot hold"),  # YAML reads a date

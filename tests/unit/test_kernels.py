@@ -7,7 +7,7 @@ import torch
 
 from megatron_mm.config import load_config
 from megatron_mm.errors import UserError
-from megatron_mm.model.kernels import check_fp8_shapes, check_kernels, fusions, uses_transformer_engine
+from megatron_mm.model.kernels import check_fp8_shapes, check_kernels, fusions, uses_transformer_engine, vision_tile
 from tests.parallel.recipes import write_config
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU refuses")
@@ -66,7 +66,55 @@ def test_fp8_needs_whole_tiles(tmp_path, overrides, where):
     check_fp8_shapes(config(tmp_path, "training.fp8=delayed"))
 
 
-def test_the_recipes_fit_fp8(tmp_path):
-    for path in (Path(__file__).parents[2] / "examples/mm1").glob("*.yaml"):
+RECIPES = Path(__file__).parents[2] / "examples/mm1"
+
+
+def test_the_recipes_fit_fp8():
+    for path in RECIPES.glob("*.yaml"):
         for recipe in ("delayed", "tensorwise", "mxfp8"):
-            check_fp8_shapes(load_config(path, [f"training.fp8={recipe}"]))
+            encoder = "false" if recipe == "delayed" else "true"
+            check_fp8_shapes(load_config(path, [f"training.fp8={recipe}", f"training.fp8_vision={encoder}"]))
+
+
+MM1_3B = RECIPES / "mm1-3b.yaml"
+SO400M = (
+    "model.vision={family: siglip, num_layers: 27, hidden_size: 1152, num_attention_heads: 16, ffn_hidden_size: 4304, "
+    "patch_size: 14, image_size: 378}"
+)
+HIDDEN, FFN = "model.vision.hidden_size", "model.vision.ffn_hidden_size"
+SPLIT = ["parallel.vision_tensor_parallel=true", "parallel.tensor_model_parallel_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["training.fp8=blockwise", SO400M], FFN),
+        (["training.fp8=mxfp8", SO400M], FFN),
+        (["training.fp8=tensorwise", "model.vision.num_attention_heads=8", "model.vision.hidden_size=1256"], HIDDEN),
+        (["training.fp8=blockwise", *SPLIT], HIDDEN),  # 320 on each rank
+    ],
+)
+def test_fp8_in_the_encoder_needs_whole_tiles(overrides, where):
+    with pytest.raises(UserError, match="tiles of") as caught:
+        check_fp8_shapes(load_config(MM1_3B, [*overrides, "training.fp8_vision=true"]))
+    assert caught.value.where == where
+    assert "fp8_vision" in str(caught.value)
+    check_fp8_shapes(load_config(MM1_3B, overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tile"),
+    [
+        (["training.fp8=tensorwise"], 16),
+        (["training.fp8=tensorwise", SO400M], 16),
+        (["training.fp8=tensorwise", *SPLIT], 16),
+        (["training.fp8=mxfp8", "training.frozen=[vision]"], 32),
+        (["training.fp8=blockwise"], 128),
+    ],
+)
+def test_fp8_in_the_encoder_needs_no_whole_images(overrides, tile):
+    """Its 729 or 730 positions an image are padded."""
+    run = load_config(MM1_3B, [*overrides, "training.fp8_vision=true"])
+    check_fp8_shapes(run)
+    assert vision_tile(run) == tile
+    assert vision_tile(load_config(MM1_3B, overrides)) is None
