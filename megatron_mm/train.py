@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from megatron_mm.config import check_layout, load_config
+from megatron_mm.config.nearest import load_for
 from megatron_mm.errors import UserError
 from megatron_mm.parallel.launch import launch
 from megatron_mm.training.resilience import StopSignal
@@ -23,8 +23,7 @@ def main() -> int:
         world = launch()
         # Before anything heavy is imported: a wrong field is told within a second, and all ranks see the same one.
         rank, everywhere = world.rank, True
-        config = load_config(arguments.config, arguments.overrides)
-        check_layout(config, world.world_size)
+        config = load_for(arguments.config, arguments.overrides, world.world_size)
         everywhere = False
         # From here on a request to stop is kept until a step has ended, the seconds of importing included.
         stop = StopSignal(config.run_dir, world.rank)

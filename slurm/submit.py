@@ -238,7 +238,9 @@ def plan(arguments: argparse.Namespace) -> tuple[Job, RunConfig]:
 def _check_files(config: RunConfig) -> None:
     """A typing error in a path must not wait in the queue for its discovery."""
     files = [("data.tokenizer", config.data.tokenizer)]
-    files += [(f"data.sources.{i}.path", f"{s.path}.manifest.json") for i, s in enumerate(config.data.sources)]
+    # For object storage this machine may have no keys; the job looks there before it takes a device.
+    sources = [(i, s.path) for i, s in enumerate(config.data.sources) if "://" not in s.path]
+    files += [(f"data.sources.{i}.path", f"{path}.manifest.json") for i, path in sources]
     for where, file in files:
         if not Path(file).exists():  # a tokenizer may be a folder
             raise UserError("no such file", where=where, found=file, do="check the path, or make it with tools/")

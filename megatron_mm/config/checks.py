@@ -5,7 +5,8 @@ import math
 import re
 from typing import Any
 
-from megatron_mm.config.schema import ConnectorConfig, RunConfig, TrainingConfig, source_name
+from megatron_mm.config.fp8 import check_fp8
+from megatron_mm.config.schema import ConnectorConfig, RunConfig, source_name
 from megatron_mm.errors import UserError
 
 
@@ -84,16 +85,42 @@ def _check_connector(connector: ConnectorConfig, grid: int) -> None:
         _multiple(connector.hidden_size, 64, "model.connector.hidden_size", "the width of an attention head")
 
 
-def _check_fp8_vision(t: TrainingConfig) -> None:
-    """Delayed scaling reduces its maxima over all data-parallel ranks after every pass through the encoder, and a rank
-    whose microbatch has no image makes no such pass: the others would wait for it."""
-    if t.fp8_vision and t.fp8 in (None, "delayed"):
-        why = "the encoder's FP8 takes training.fp8's recipe"
-        if t.fp8 == "delayed":
-            why = "delayed scaling needs all ranks at each pass, and ranks without images do not pass the encoder"
+def _check_experts(c: RunConfig) -> None:
+    d, p = c.model.decoder, c.parallel
+    tp, ep, moe = p.tensor_model_parallel_size, p.expert_model_parallel_size, d.moe
+    ep_name, expert_tp_name = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
+    if moe is None:
+        for name, value, alone in ((ep_name, ep, 1), (expert_tp_name, p.expert_tensor_parallel_size, None)):
+            if value != alone:
+                raise UserError(
+                    "there are no experts to share out", where=name, found=value, allowed=str(alone or "null"),
+                    do="set model.decoder.moe, or leave this out",
+                )  # fmt: skip
+        return
+    _multiple(moe.num_experts, ep, "model.decoder.moe.num_experts", ep_name)
+    expert_ffn = "model.decoder.moe.ffn_hidden_size" if moe.ffn_hidden_size else "model.decoder.ffn_hidden_size"
+    _multiple(moe.ffn_hidden_size or d.ffn_hidden_size, p.expert_tp, expert_ffn, expert_tp_name)
+    if not 2 <= moe.topk <= moe.num_experts:
         raise UserError(
-            why, where="training.fp8_vision", found=f"training.fp8 = {t.fp8 or 'null'}",
-            allowed="training.fp8 tensorwise, blockwise or mxfp8", do="set training.fp8 to one of them",
+            # The gates are a softmax over a token's experts: of one expert it is 1, and the router learns nothing.
+            "experts a token", where="model.decoder.moe.topk", found=moe.topk, allowed=f"2 to {moe.num_experts}",
+        )  # fmt: skip
+    if moe.layer_freq > d.num_layers:
+        raise UserError(
+            "no layer would hold experts", where="model.decoder.moe.layer_freq", found=moe.layer_freq,
+            allowed=f"1 to {d.num_layers} (the decoder's layers)",
+        )  # fmt: skip
+    if tp > 1 and not p.sequence_parallel:
+        raise UserError(
+            "experts under tensor parallelism need sequence parallelism", where="parallel.sequence_parallel",
+            found=False, do="set parallel.sequence_parallel=true",
+        )  # fmt: skip
+    if ep == 1 and p.expert_tp != tp:
+        # Megatron-Core would reduce their gradients over the dense layers' ranks: copies drift apart, in silence.
+        raise UserError(
+            "needs expert parallelism to differ from tensor_model_parallel_size", where=expert_tp_name,
+            found=f"{p.expert_tp}, with {ep_name} = 1 and tensor_model_parallel_size = {tp}",
+            do=f"leave it out, or set {ep_name} to 2 or more",
         )  # fmt: skip
 
 
@@ -114,13 +141,16 @@ def check_consistency(c: RunConfig) -> None:
     _multiple(d.num_attention_heads, d.num_query_groups, "model.decoder.num_attention_heads", "num_query_groups")
     if d.head_dim % 2:
         raise UserError("RoPE needs an even head width", where="model.decoder.kv_channels", found=d.head_dim)
-    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
-    tp_name = "parallel.tensor_model_parallel_size"
-    _multiple(d.num_query_groups, tp, "model.decoder.num_query_groups", tp_name)
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    tp_name, cp_name = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
+    heads_cut = f"{tp_name} × {cp_name}" if cp > 1 else tp_name
+    _multiple(d.num_query_groups, tp * cp, "model.decoder.num_query_groups", heads_cut)
     _multiple(d.ffn_hidden_size, tp, "model.decoder.ffn_hidden_size", tp_name)
     _multiple(d.vocab_size, tp, "model.decoder.vocab_size", tp_name)
+    if cp > 1:
+        _multiple(c.data.seq_length, 2 * cp, "data.seq_length", f"2 × {cp_name}")
     if p.sequence_parallel:
-        _multiple(c.data.seq_length, tp, "data.seq_length", tp_name)
+        _multiple(c.data.seq_length, tp * cp, "data.seq_length", heads_cut)
         if tp == 1:
             raise UserError(
                 "sequence parallelism shares work among tensor-parallel ranks", where="parallel.sequence_parallel",
@@ -130,27 +160,7 @@ def check_consistency(c: RunConfig) -> None:
     if p.vision_tensor_parallel:
         _multiple(v.num_attention_heads, tp, "model.vision.num_attention_heads", tp_name)
         _multiple(v.ffn_hidden_size, tp, "model.vision.ffn_hidden_size", tp_name)
-    if d.moe is None:
-        if ep != 1:
-            raise UserError(
-                "there are no experts to share out", where="parallel.expert_model_parallel_size", found=ep, allowed="1",
-                do="set model.decoder.moe, or this to 1",
-            )  # fmt: skip
-    else:
-        _multiple(d.moe.num_experts, ep, "model.decoder.moe.num_experts", "parallel.expert_model_parallel_size")
-        expert_ffn = "model.decoder.moe.ffn_hidden_size" if d.moe.ffn_hidden_size else "model.decoder.ffn_hidden_size"
-        width = d.moe.ffn_hidden_size or d.ffn_hidden_size
-        _multiple(width, p.expert_tp, expert_ffn, "parallel.expert_tensor_parallel_size")
-        if d.moe.topk > d.moe.num_experts:
-            raise UserError(
-                "more experts a token than there are", where="model.decoder.moe.topk", found=d.moe.topk,
-                allowed=f"1 to {d.moe.num_experts}",
-            )  # fmt: skip
-        if tp > 1 and not p.sequence_parallel:
-            raise UserError(
-                "experts under tensor parallelism need sequence parallelism", where="parallel.sequence_parallel",
-                found=False, do="set parallel.sequence_parallel=true",
-            )  # fmt: skip
+    _check_experts(c)
     if not c.data.sources:
         raise UserError("there is nothing to train on", where="data.sources", found="an empty list")
     if c.model.connector.num_tokens + 2 > c.data.seq_length:
@@ -181,8 +191,16 @@ def check_consistency(c: RunConfig) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError("two sources share a name", where="data.sources", found=name, do="set data.sources.N.name")
+    if len(set(t.frozen)) < len(t.frozen) or len(t.frozen) == 3:
+        fault = "nothing would be trained" if len(set(t.frozen)) == 3 else "names a part twice"
+        raise UserError(
+            fault,
+            where="training.frozen",
+            found=", ".join(t.frozen),
+            allowed="one or two of vision, connector, decoder",
+        )
     _multiple(t.global_batch_size, t.micro_batch_size, "training.global_batch_size", "training.micro_batch_size")
-    _check_fp8_vision(t)
+    check_fp8(c)
 
 
 def _check_interleaving(c: RunConfig, microbatches: int) -> None:
@@ -200,23 +218,29 @@ def _check_interleaving(c: RunConfig, microbatches: int) -> None:
 def check_layout(c: RunConfig, world_size: int) -> int:
     """Check the layout against the number of ranks; answers with the data-parallel size."""
     p, t = c.parallel, c.training
-    tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
-    fits = [n for n in range(1, 2 * world_size + 1) if n % (tp * pp) == 0]
-    if world_size % (tp * pp):
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    ep, whole = p.expert_model_parallel_size, p.model_parallel_size
+    if world_size < 1:
+        raise UserError("no ranks", where="parallel", found=world_size, allowed="1 or more")
+    fits = [n for n in range(1, 2 * world_size + 1) if n % whole == 0]
+    if world_size % whole:
+        context = f" × context {cp}" if cp > 1 else ""
         raise UserError(
-            "the ranks do not divide into tensor × pipeline groups", where="parallel",
-            found=f"{world_size} ranks, tensor {tp} × pipeline {pp}",
-            allowed=f"multiples of {tp * pp}" + (f", for example {fits[-1]}" if fits else ""),
+            f"the ranks do not divide into tensor × pipeline{' × context' if cp > 1 else ''} groups", where="parallel",
+            found=f"{world_size} ranks, tensor {tp} × pipeline {pp}{context}",
+            allowed=f"multiples of {whole}" + (f", for example {fits[-1]}" if fits else ""),
             do="start another number of ranks, or change the parallel sizes",
         )  # fmt: skip
-    dp = world_size // (tp * pp)
+    dp = world_size // whole
+    stage = world_size // pp
     # Experts see a stage's ranks in another order: expert tensor × expert × expert data parallel.
-    if (tp * dp) % (ep * p.expert_tp):
-        most = tp * dp // p.expert_tp
+    if stage % (ep * p.expert_tp):
+        experts = c.model.decoder.moe.num_experts if c.model.decoder.moe else 1
+        sizes = [n for n in range(1, experts + 1) if experts % n == 0 and stage % (n * p.expert_tp) == 0]
         raise UserError(
             "a pipeline stage's ranks do not divide into expert groups", where="parallel.expert_model_parallel_size",
-            found=f"{ep} × expert tensor {p.expert_tp}, with {tp * dp} ranks a stage",
-            allowed=f"a divisor of {most}" if most else f"expert tensor at most {tp * dp}",
+            found=f"{ep} × expert tensor {p.expert_tp}, with {stage} ranks a stage",
+            allowed=", ".join(map(str, sizes)) or "none with this expert tensor-parallel size",
         )  # fmt: skip
     if t.global_batch_size % (t.micro_batch_size * dp):
         step = t.micro_batch_size * dp

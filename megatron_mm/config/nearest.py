@@ -61,7 +61,8 @@ def nearest_layouts(config: RunConfig, world_size: int, count: int = 3) -> list[
     """Layouts that pass the checks on `world_size` ranks, the least changed first; all else of the run stays."""
     candidates = _layouts(config, world_size)
     found = [p for p in candidates if _works(dataclasses.replace(config, parallel=p), world_size)]
-    return sorted(found, key=lambda p: distance(p, config.parallel))[:count]
+    layers = config.model.decoder.num_layers
+    return sorted(found, key=lambda p: distance(p, config.parallel, layers))[:count]
 
 
 def _layouts(config: RunConfig, world_size: int) -> Iterator[ParallelConfig]:
@@ -69,26 +70,31 @@ def _layouts(config: RunConfig, world_size: int) -> Iterator[ParallelConfig]:
     experts = d.moe.num_experts if d.moe else 1
     expert_tp = {p.expert_tensor_parallel_size, 1} if d.moe else {p.expert_tensor_parallel_size}
     sizes = itertools.product(
-        divisors(world_size, _MOST_TP), divisors(world_size, d.num_layers), divisors(experts, world_size), expert_tp
-    )
-    for tp, pp, ep, etp in sizes:
+        divisors(world_size, _MOST_TP), divisors(world_size, d.num_layers),
+        divisors(p.context_parallel_size, world_size), divisors(experts, world_size), expert_tp,
+    )  # fmt: skip
+    for tp, pp, cp, ep, etp in sizes:
         for vpp in {p.virtual_pipeline_model_parallel_size, 1} if pp > 1 else {1}:
             for first in _first_stages(config, pp, vpp):
                 yield dataclasses.replace(
                     p, tensor_model_parallel_size=tp, sequence_parallel=tp > 1 and (p.sequence_parallel or experts > 1),
                     pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
-                    first_pipeline_stage_layers=first, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
+                    first_pipeline_stage_layers=first, context_parallel_size=cp,
+                    expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
                 )  # fmt: skip
 
 
 def _first_stages(config: RunConfig, pp: int, vpp: int) -> list[int | None]:
-    """An even split where there is one, and the first stage's nearest allowed share."""
-    layers, wanted = config.model.decoder.num_layers, config.parallel.first_pipeline_stage_layers
+    """An even split where there is one, and the first stage's nearest allowed share of it. Not a larger one than the
+    others': the first stage holds the encoder."""
+    layers = config.model.decoder.num_layers
     if pp == 1:
         return [None]
     even = [None] if layers % (pp * vpp) == 0 else []
-    near = sorted(first_stage_shares(layers, pp, vpp), key=lambda n: abs(n - (wanted or layers // pp)))
-    return [*even, *(near[:1] if wanted or not even else [])]
+    wanted = first_stage_share(config.parallel, layers)
+    shares = [n for n in first_stage_shares(layers, pp, vpp) if n * pp <= layers * max(1.0, wanted)]
+    near = sorted(shares, key=lambda n: abs(n * pp / layers - wanted))
+    return [*even, *(near[:1] if wanted != 1 or not even else [])]
 
 
 def first_stage_shares(layers: int, pp: int, vpp: int) -> list[int]:
@@ -100,8 +106,15 @@ def divisors(n: int, most: int) -> set[int]:
     return {i for i in range(1, min(n, most) + 1) if n % i == 0}
 
 
-def distance(a: ParallelConfig, b: ParallelConfig) -> float:
-    """How much of a layout another one changes: doublings of its sizes, above all."""
+def first_stage_share(p: ParallelConfig, layers: int) -> float:
+    """The first stage's layers over those of an even split."""
+    return (p.first_pipeline_stage_layers or layers / p.pipeline_model_parallel_size) * (
+        p.pipeline_model_parallel_size / layers
+    )
+
+
+def distance(a: ParallelConfig, b: ParallelConfig, layers: int) -> float:
+    """How much of a layout of `layers` decoder layers another one changes: doublings of its sizes, above all."""
 
     def far(x: int, y: int) -> float:
         return abs(math.log2(x / y))
@@ -109,10 +122,13 @@ def distance(a: ParallelConfig, b: ParallelConfig) -> float:
     return (
         far(a.tensor_model_parallel_size, b.tensor_model_parallel_size)
         + far(a.pipeline_model_parallel_size, b.pipeline_model_parallel_size)
+        + far(a.context_parallel_size, b.context_parallel_size)
         + far(a.expert_model_parallel_size, b.expert_model_parallel_size)
         + far(a.expert_tp, b.expert_tp) / 2
         + far(a.virtual_pipeline_model_parallel_size, b.virtual_pipeline_model_parallel_size) / 2
-        + 0.01 * abs((a.first_pipeline_stage_layers or 0) - (b.first_pipeline_stage_layers or 0))
+        + abs(first_stage_share(a, layers) - first_stage_share(b, layers)) / 2
+        + (a.vision_tensor_parallel != b.vision_tensor_parallel) / 2
+        + (a.sequence_parallel != b.sequence_parallel) / 4
     )
 
 

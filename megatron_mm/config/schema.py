@@ -172,6 +172,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     # Chunks of layers a rank, dealt in turn (interleaved 1F1B): a shorter pipeline bubble for more messages.
     virtual_pipeline_model_parallel_size: int = 1
+    # Parts that every sequence is cut into, for sequences too long for one GPU; attention exchanges them for heads.
+    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # of the experts' matrices; None: tensor_model_parallel_size
     # Encoder split over the tensor-parallel group like the decoder, instead of whole on each rank with a share of the
@@ -185,6 +187,16 @@ class ParallelConfig:
     @property
     def expert_tp(self) -> int:
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on the same microbatch; data parallelism has the world over this."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def image_sharers(self) -> int:
+        """Ranks that a microbatch's images are dealt to."""
+        return self.context_parallel_size * (1 if self.vision_tensor_parallel else self.tensor_model_parallel_size)
 
 
 @dataclass(frozen=True, kw_only=True)

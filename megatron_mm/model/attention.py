@@ -3,7 +3,7 @@
 RoPE is relative, so positions need not restart with a document for its attention to be that of the document alone.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ def image_starts(images: int, positions: int, tile: int, device: torch.device) -
     return torch.nn.functional.pad(starts, (0, 1), value=end + padding) if padding else starts
 
 
-def packed_documents(starts: Tensor, seq_length: int) -> "PackedSeqParams":
-    """What Transformer Engine's attention is told. `seq_length` bounds a document's length: the exact longest one would
-    make the host wait for the device."""
+def packed_documents(starts: Tensor, seq_length: int, rows: Literal["thd", "sbhd"] = "thd") -> "PackedSeqParams":
+    """What attention is told instead of a mask. `seq_length` bounds a document's length: the exact longest one would
+    make the host wait for the device. rows: end to end (thd), or beside each other until attention lays them so."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     return PackedSeqParams(
-        qkv_format="thd",
+        qkv_format=rows,
         cu_seqlens_q=starts,
         cu_seqlens_kv=starts,
         max_seqlen_q=seq_length,

@@ -1,5 +1,6 @@
 """The language decoder: Megatron-Core's GPTModel, configured. The one factory that the rest of the package calls."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ def transformer_config(config: RunConfig) -> "TransformerConfig":
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_model_parallel_size,
         expert_tensor_parallel_size=p.expert_tp,
         sequence_parallel=p.sequence_parallel,
@@ -87,10 +89,17 @@ def build_decoder(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
+    from megatron_mm.model.context_parallel import ContextParallelAttention
+
     d = config.model.decoder
     spec = get_gpt_decoder_block_spec(
         transformer, uses_transformer_engine(config), normalization="RMSNorm", vp_stage=chunk
     )
+    if config.parallel.context_parallel_size > 1:
+        # Layers alike share one specification.
+        attentions = [layer.submodules.self_attention.submodules for layer in spec.layer_specs]
+        for attention in {id(attention): attention for attention in attentions}.values():
+            attention.core_attention = functools.partial(ContextParallelAttention, inner=attention.core_attention)
     return GPTModel(
         transformer,
         spec,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from megatron_mm.config import RunConfig
+from megatron_mm.config.fp8 import TILE
 from megatron_mm.errors import UserError
 from megatron_mm.parallel.backend import on_gpu
 
 # FP8 matrix products need Ada or Hopper (8.9), blocks of scales Hopper (9.0), MX formats Blackwell (10.0).
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-_FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}  # of both sides of a matrix
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:
@@ -50,8 +50,6 @@ def _need_gpu(where: str, found: str) -> None:
 
 def _check_fp8(config: RunConfig, recipe: str) -> None:
     where = "training.fp8"
-    if config.training.precision != "bf16":
-        raise UserError("FP8 goes with bf16", where=where, found=f"training.precision = {config.training.precision}")
     _need_gpu(where, recipe)
     if not uses_transformer_engine(config):
         raise UserError(
@@ -71,37 +69,7 @@ def _check_fp8(config: RunConfig, recipe: str) -> None:
 def vision_tile(config: RunConfig) -> int | None:
     """What the encoder's row of positions must be a multiple of, in FP8; None: the encoder is not in FP8."""
     recipe = config.training.fp8
-    return _FP8_MULTIPLE[recipe] if recipe and config.training.fp8_vision else None
-
-
-def check_fp8_shapes(config: RunConfig) -> None:
-    """FP8 matrices have sides of whole tiles. Raises UserError; needs no GPU."""
-    recipe = config.training.fp8
-    if recipe is None:
-        return
-    d, p, tile = config.model.decoder, config.parallel, _FP8_MULTIPLE[recipe]
-    tp = p.tensor_model_parallel_size
-    rows = config.data.seq_length * config.training.micro_batch_size // (tp if p.sequence_parallel else 1)
-    sides = {
-        "model.decoder.hidden_size": d.hidden_size,
-        "model.decoder.ffn_hidden_size": d.ffn_hidden_size // tp,
-        "model.decoder.num_attention_heads": d.num_attention_heads * d.head_dim // tp,
-        "data.seq_length": rows,
-    }
-    if d.moe is not None:
-        sides["model.decoder.moe.ffn_hidden_size"] = (d.moe.ffn_hidden_size or d.ffn_hidden_size) // p.expert_tp
-    if config.training.fp8_vision:  # its positions are padded to whole tiles, its heads are as wide as its stream
-        v, ranks = config.model.vision, tp if p.vision_tensor_parallel else 1
-        sides["model.vision.hidden_size"] = v.hidden_size // ranks
-        sides["model.vision.ffn_hidden_size"] = v.ffn_hidden_size // ranks
-    for where, side in sides.items():
-        if side % tile:
-            field = "fp8_vision" if where.startswith("model.vision") else "fp8"
-            raise UserError(
-                f"{recipe} FP8 works on tiles of {tile}", where=where, found=f"{side} on each rank",
-                allowed=f"a multiple of {tile}",
-                do=f"change it, the parallel sizes or the recipe, or leave training.{field} out",
-            )  # fmt: skip
+    return TILE[recipe] if recipe and config.training.fp8_vision else None
 
 
 def fusions(config: RunConfig) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The whole model: image embeddings stand in the decoder's input at their placeholders.
 
     first stage                                                     every stage                  last stage
-    pixels ─ VisionEncoder ─ connector ── gather over TP ┐
+    pixels ─ VisionEncoder ─ connector ──── gather ──────┐
     tokens ─ word embeddings ─────────────────────────────┴ merge ─ GPTModel's layers ─ … ─ output layer ─ loss
 
-Each tensor-parallel rank encodes its share of the microbatch's images. The shares are gathered along the batch, so
-encoder and connector exchange nothing else; their gradients are summed over the group by `finalize_gradients`.
+Each tensor- and context-parallel rank encodes its share of the microbatch's images. The shares are gathered along the
+batch, so encoder and connector exchange nothing else; their gradients are summed over the tensor-parallel group by
+`finalize_gradients`, and over context-parallel ranks, as all gradients, with those of data parallelism.
 A rank without a share encodes one blank image whose output is dropped; a microbatch without images encodes nothing,
 and the encoder's parameters are given a gradient of zero. So every rank runs the same collectives and every parameter
 gets a gradient, which overlapped reduction waits for.
@@ -14,7 +15,6 @@ gets a gradient, which overlapped reduction waits for.
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
@@ -23,11 +23,15 @@ from megatron_mm.model.connector import Connector, build_connector
 from megatron_mm.model.decoder import build_decoder, transformer_config
 from megatron_mm.model.kernels import uses_transformer_engine, vision_tile
 from megatron_mm.parallel.backend import import_megatron
+from megatron_mm.parallel.context import own_positions
 
 import_megatron()
 
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
@@ -35,27 +39,6 @@ from megatron_mm.model.vision import VisionEncoder  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_mm.data.batch import Microbatch
-
-
-class _GatherImages(torch.autograd.Function):
-    """[c, …] of each tensor-parallel rank → [tp·c, …] on all. Backward: the slice that came from here.
-
-    Everything after the gather is computed alike on all ranks of the group (or made whole again in its own backward,
-    as sequence parallelism's scatter does), so the incoming gradient is complete and equal on each of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = local.new_empty((group.size() * len(local), *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        share = len(grads[0]) // ctx.group.size()
-        start = ctx.group.rank() * share
-        return grads[0][start : start + share].contiguous(), None
 
 
 class _Unused(torch.autograd.Function):
@@ -74,8 +57,9 @@ class _Unused(torch.autograd.Function):
 class MultimodalModel(MegatronModule):
     """This rank's pipeline stage of the model, or one of its virtual stages.
 
-    `forward` takes a `Microbatch` on this rank's device. Returns the loss of each position, fp32 [b, s], on the last
-    stage (the logits [b, s, vocab/tp] with `return_logits`), and the hidden states [s, b, h] on the others.
+    `forward` takes a `Microbatch` on this rank's device. Returns the loss of each position, fp32 [b, s/cp], on the last
+    stage (the logits [b, s/cp, vocab/tp] with `return_logits`), and the hidden states [s/cp, b, h] on the others.
+    Which positions a rank has is told by `own_positions`.
     """
 
     def __init__(self, config: RunConfig, pre_process: bool, post_process: bool, chunk: int | None = None) -> None:
@@ -87,16 +71,28 @@ class MultimodalModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.image_size = v.image_size
-        self.packed = uses_transformer_engine(config)  # rows laid end to end, attention told the documents' borders
-        self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group
+        # Attention is told the documents' borders instead of a mask; without context parallelism, which cuts each row,
+        # the rows are then laid end to end.
+        self.borders = uses_transformer_engine(config)
+        self.context = mpu.get_context_parallel_group()
+        self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group too
         self.vision: VisionEncoder | None = None
         self.connector: Connector | None = None
         if pre_process:
             split, tile = config.parallel.vision_tensor_parallel, vision_tile(config)
-            self.vision = VisionEncoder(v, self.transformer, split, self.packed, tile)
+            self.vision = VisionEncoder(v, self.transformer, split, self.borders, tile)
             self.connector = build_connector(c, v.hidden_size, v.grid, d.hidden_size, config.model.init_std)
             self.connector.to(self.transformer.params_dtype)
         self.language_model = build_decoder(config, self.transformer, pre_process, post_process, chunk)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of a microbatch are laid end to end, as one of b · s positions."""
+        return self.borders and self.context.size() == 1
+
+    def own_positions(self, x: Tensor) -> Tensor:
+        """[b, s, …] → [b, s/cp, …]: what this context-parallel rank holds of the sequences."""
+        return own_positions(x, self.context.rank(), self.context.size())
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         self.language_model.set_input_tensor(input_tensor)
@@ -116,41 +112,49 @@ class MultimodalModel(MegatronModule):
         """This rank's share, uint8 [c, 3, H, W] or fewer → all embeddings, [num_images, tokens, hidden]."""
         assert self.vision is not None
         assert self.connector is not None
-        group = mpu.get_tensor_model_parallel_group()
-        sharers = group.size() if self.images_dealt else 1
+        tensor = mpu.get_tensor_model_parallel_group()
+        sharers = self.context.size() * (tensor.size() if self.images_dealt else 1)
         share = max(1, -(-num_images // sharers))
         missing = share - len(images)
         if missing:
             blank = images.new_zeros((missing, 3, self.image_size, self.image_size))
             images = torch.cat([images, blank])
         embeddings = self.connector(self.vision(images))
-        if sharers > 1:
-            embeddings = _GatherImages.apply(embeddings, group)
+        if self.images_dealt:
+            # What follows is computed alike on all tensor-parallel ranks, so each has the whole gradient of its share.
+            embeddings = gather_from_sequence_parallel_region(embeddings, False, tensor)
+        # Context-parallel ranks use the images in different positions: their gradients are summed on the way back.
+        embeddings = gather_from_sequence_parallel_region(embeddings, True, self.context)
         return embeddings[:num_images]
 
     def _merge(self, tokens: Tensor, batch: "Microbatch", layout: SequenceLayout) -> Tensor:
-        """Decoder input [s, b, h], or [s/tp, b, h] under sequence parallelism."""
-        embeddings = self.language_model.embedding(tokens, None)  # [s, b, h]
+        """Of this rank's tokens [b, s/cp], the decoder's input [s/cp, b, h], or [s/cp/tp, b, h] under sequence
+        parallelism."""
+        embeddings = self.language_model.embedding(tokens, None)  # [s/cp, b, h]
         if batch.num_images:
-            images = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype)
-            placeholders = (tokens == layout.image_token_id).unsqueeze(-1)  # [b, s, 1]
-            merged = embeddings.transpose(0, 1).masked_scatter(placeholders, images.flatten(0, 1))
-            merged = merged.transpose(0, 1).contiguous()
+            rows = self.encode_images(batch.images, batch.num_images).to(embeddings.dtype).flatten(0, 1)
+            # Which row of the embeddings stands where. An index for every position, used or not: to pick the positions
+            # out by their mask would make the host wait for the device.
+            numbers = (batch.tokens == layout.image_token_id).flatten().cumsum(0).sub(1).clamp(min=0)
+            numbers = self.own_positions(numbers.view_as(batch.tokens)).reshape(tokens.shape)
+            placeholders = (tokens == layout.image_token_id).t().unsqueeze(-1)  # [s/cp, b, 1]
+            merged = torch.where(placeholders, rows[numbers.t().contiguous()], embeddings).contiguous()
         else:
             modules = [m for m in (self.vision, self.connector) if m is not None]
             merged = _Unused.apply(embeddings, *(p for m in modules for p in m.parameters() if p.requires_grad))
         if self.transformer.sequence_parallel:
-            merged = tensor_parallel.scatter_to_sequence_parallel_region(merged)
+            merged = scatter_to_sequence_parallel_region(merged)
         return merged
 
     def forward(self, batch: "Microbatch", layout: SequenceLayout, return_logits: bool = False) -> Tensor:
         b, s = batch.tokens.shape
-        tokens, labels = batch.tokens, batch.labels
-        attention: dict[str, Any] = {}
-        if self.packed:  # one row of b · s positions
+        tokens, labels = self.own_positions(batch.tokens), self.own_positions(batch.labels)
+        if self.packed:
             tokens, labels = tokens.view(1, b * s), labels.view(1, b * s)
-            attention["attention_mask"] = None
-            attention["packed_seq_params"] = packed_documents(document_starts(batch.documents), s)
+        attention: dict[str, Any] = {"attention_mask": None}
+        if self.borders:
+            starts = document_starts(batch.documents)
+            attention["packed_seq_params"] = packed_documents(starts, s, "thd" if self.packed else "sbhd")
         else:
             attention["attention_mask"] = attention_mask(batch.documents)
         output = self.language_model(

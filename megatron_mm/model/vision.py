@@ -17,6 +17,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm.config import VisionConfig
@@ -25,7 +26,6 @@ from megatron_mm.parallel.backend import import_megatron
 
 import_megatron()
 
-from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.vision.vit_layer_specs import (  # noqa: E402
     get_vit_layer_with_local_spec,
     get_vit_layer_with_transformer_engine_spec,
@@ -72,6 +72,7 @@ def vision_transformer_config(
         config.tensor_model_parallel_size = 1
     config.pipeline_model_parallel_size = config.expert_model_parallel_size = config.expert_tensor_parallel_size = 1
     config.virtual_pipeline_model_parallel_size = None
+    config.context_parallel_size = 1
     config.sequence_parallel = False
     config.num_layers_in_first_pipeline_stage = None
     config.num_moe_experts = None
@@ -87,12 +88,10 @@ def vision_transformer_config(
 def _groups(tensor_parallel: bool) -> ProcessGroupCollection:
     """Process groups for layers that lie on one stage, and whole on every rank unless tensor-parallel.
 
-    Context parallelism is never more than 1 here, so its group holds this rank alone and serves as a group of one
-    without a new communicator.
+    An image is never cut by context parallelism.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    alone = mpu.get_context_parallel_group()
-    assert alone.size() == 1
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     groups.pp = groups.cp = alone
     if not tensor_parallel:
         groups.tp = alone

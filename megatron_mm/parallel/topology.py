@@ -28,18 +28,22 @@ class Topology:
     world_size: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     first_stage: bool  # holds the encoder, the connector and the token embeddings
     last_stage: bool  # computes the loss
-    images_dealt: bool = True  # over the tensor-parallel ranks; False: each of them encodes all
+    images_dealt: bool = True  # over the tensor-parallel ranks too; False: they encode the same ones
 
     @property
     def image_share(self) -> tuple[int, int] | None:
         """Which part of a microbatch's images this rank decodes and encodes; None: it needs no pixels."""
         if not self.first_stage:
             return None
-        return (self.tp_rank, self.tp_size) if self.images_dealt else (0, 1)
+        if not self.images_dealt:
+            return self.cp_rank, self.cp_size
+        return self.cp_rank * self.tp_size + self.tp_rank, self.cp_size * self.tp_size
 
 
 def meet(launch: Launch) -> dist.Store:
@@ -96,6 +100,7 @@ def initialize(config: RunConfig, launch: Launch, store: dist.Store | None = Non
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_model_parallel_size,
         expert_tensor_parallel_size=p.expert_tp,
     )
@@ -105,6 +110,8 @@ def initialize(config: RunConfig, launch: Launch, store: dist.Store | None = Non
         world_size=dist.get_world_size(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         tp_size=mpu.get_tensor_model_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         first_stage=mpu.is_pipeline_first_stage(),

@@ -26,7 +26,7 @@ def estimate(config: RunConfig, world_size: int, imbalance: float) -> list[Stage
     """Of one rank of each stage; within some percent of the built modules (see the tests)."""
     p, t = config.parallel, config.training
     pp = p.pipeline_model_parallel_size
-    dp = world_size // (p.tensor_model_parallel_size * pp)
+    dp = world_size // p.model_parallel_size
     microbatches = t.global_batch_size // (t.micro_batch_size * dp)
     return [
         stage_memory(_stage_bytes(config, stage, dp, imbalance), number, pp, microbatches)
@@ -36,7 +36,7 @@ def estimate(config: RunConfig, world_size: int, imbalance: float) -> list[Stage
 
 def _stage_bytes(config: RunConfig, stage: tuple[Chunk, ...], dp: int, imbalance: float) -> StageBytes:
     p, t, size = config.parallel, config.training, config.model.vision.image_size
-    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
+    tp, cp, ep = p.tensor_model_parallel_size, p.context_parallel_size, p.expert_model_parallel_size
     held, trained, trained_experts = 0.0, 0.0, 0.0
     for chunk in stage:
         for part, count, experts in parameters(config, chunk):
@@ -46,9 +46,9 @@ def _stage_bytes(config: RunConfig, stage: tuple[Chunk, ...], dp: int, imbalance
                 trained_experts += count if experts else 0
     width = 2 if t.precision == "bf16" else 4
     state = 12 if t.precision == "bf16" else 8  # fp32 moments and, beside bf16, fp32 masters
-    shards, expert_shards = (dp, tp * dp // (ep * p.expert_tp)) if p.distributed_optimizer else (1, 1)
+    shards, expert_shards = (dp * cp, tp * cp * dp // (ep * p.expert_tp)) if p.distributed_optimizer else (1, 1)
     images = config.data.max_images * t.micro_batch_size if stage[0].first else 0
-    share = images if p.vision_tensor_parallel else -(-images // tp)
+    share = -(-images // p.image_sharers)
     return StageBytes(
         parameters=round(width * held),
         gradients=round(4 * (trained + trained_experts)),
@@ -92,12 +92,13 @@ def _connector(m: ModelConfig) -> tuple[int, int]:
 def _chunk_bytes(config: RunConfig, chunk: Chunk, imbalance: float) -> ChunkBytes:
     d, p, t = config.model.decoder, config.parallel, config.training
     wide = 1 if t.precision == "bf16" else 2
-    b, s, h, tp = t.micro_batch_size, config.data.seq_length, d.hidden_size, p.tensor_model_parallel_size
+    b, h, tp = t.micro_batch_size, d.hidden_size, p.tensor_model_parallel_size
+    s = config.data.seq_length // p.context_parallel_size
     q, k = (n * d.head_dim / tp for n in (d.num_attention_heads, d.num_query_groups))
     stream = 2 * wide * h * b * s / (tp if p.sequence_parallel else 1)  # the residual stream
     attention = 2 * stream + 2 * wide * b * s * (q + 2 * k + q + k + q)
     if t.layers == "local":
-        attention += _SCORE * wide * b * d.num_attention_heads / tp * s * s
+        attention += _SCORE * wide * b * d.num_attention_heads / tp * s * config.data.seq_length
     product = 6 if t.layers != "local" else 8  # the local layers keep the gate after its SiLU as well
     dense = attention + 2 * stream + product * wide * b * s * d.ffn_hidden_size / tp
     moe = 0.0
@@ -123,7 +124,7 @@ def _encoder_bytes(config: RunConfig) -> tuple[float, float]:
     v, p, t = config.model.vision, config.parallel, config.training
     cut = p.tensor_model_parallel_size if p.vision_tensor_parallel else 1
     images = config.data.max_images * t.micro_batch_size
-    share = images if p.vision_tensor_parallel else -(-images // p.tensor_model_parallel_size)
+    share = -(-images // p.image_sharers)
     wide, h = (1 if t.precision == "bf16" else 2), v.hidden_size
     activation = {"quick_gelu": 6}.get(v.activation, 4)  # bytes of the FFN's width: before, gate, after
     layer = v.num_positions * wide * (8 * h + (8 * h + activation * v.ffn_hidden_size) / cut)

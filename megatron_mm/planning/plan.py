@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megatron_mm.config import RunConfig, check_layout
 from megatron_mm.errors import UserError
-from megatron_mm.model.kernels import check_fp8_shapes
 from megatron_mm.model.sizes import Parameters, parameters
 from megatron_mm.planning.estimate import estimate
 from megatron_mm.planning.hardware import ASSUMPTIONS, Gpu
@@ -49,8 +48,7 @@ class Plan:
 
     @property
     def data_parallel_size(self) -> int:
-        p = self.config.parallel
-        return self.target.gpus // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+        return self.target.gpus // self.config.parallel.model_parallel_size
 
     @property
     def microbatches(self) -> int:
@@ -90,7 +88,6 @@ def check_gpu(config: RunConfig, gpu: Gpu) -> None:
             "this GPU cannot run the recipe", where="training.fp8", found=f"{recipe} on {gpu.name}",
             allowed=", ".join(gpu.fp8_recipes) or "none: leave it out",
         )  # fmt: skip
-    check_fp8_shapes(config)
 
 
 def target_for(config: RunConfig, gpu: Gpu, gpus: int, images_per_sequence: float | None = None) -> Target:

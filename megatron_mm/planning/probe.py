@@ -64,6 +64,7 @@ def _join(config: RunConfig, rank: int, world_size: int) -> None:
             tensor_model_parallel_size=p.tensor_model_parallel_size,
             pipeline_model_parallel_size=p.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            context_parallel_size=p.context_parallel_size,
             expert_model_parallel_size=p.expert_model_parallel_size,
             expert_tensor_parallel_size=p.expert_tp,
         )
@@ -133,7 +134,7 @@ def _microbatch(config: RunConfig, first_stage: bool) -> tuple[Any, SequenceLayo
         image_size=size, image_token_id=4, bos_token_id=2, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     images = config.data.max_images * b
-    share = images if p.vision_tensor_parallel else -(-images // p.tensor_model_parallel_size)
+    share = -(-images // p.image_sharers)
 
     def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
@@ -155,7 +156,7 @@ def _run(config: RunConfig, chunk: Any, wrapped: Any, batch: Any, layout: Sequen
             dtype = chunk.transformer.params_dtype
             chunk.set_input_tensor(torch.empty(_hidden_shape(config), dtype=dtype, device=META, requires_grad=True))
         output = wrapped(batch, layout)
-        result = (output.float() * batch.loss_mask).sum() if chunk.post_process else output
+        result = (output.float() * chunk.own_positions(batch.loss_mask)).sum() if chunk.post_process else output
         kept, forward_peak = held.now, held.peak
         held.restart_peak()
         if result.requires_grad:
@@ -168,8 +169,9 @@ def _run(config: RunConfig, chunk: Any, wrapped: Any, batch: Any, layout: Sequen
 
 
 def _hidden_shape(config: RunConfig) -> tuple[int, int, int]:
-    p, s = config.parallel, config.data.seq_length
-    rows = s // p.tensor_model_parallel_size if p.sequence_parallel else s
+    p = config.parallel
+    rows = config.data.seq_length // p.context_parallel_size
+    rows //= p.tensor_model_parallel_size if p.sequence_parallel else 1
     return rows, config.training.micro_batch_size, config.model.decoder.hidden_size
 
 

@@ -55,6 +55,8 @@ def layout_words(plan: Plan) -> str:
         words.append(f"PP{p.pipeline_model_parallel_size}" + (f"×{virtual}" if virtual > 1 else ""))
         if p.first_pipeline_stage_layers is not None:
             words.append(f"({p.first_pipeline_stage_layers} first)")
+    if p.context_parallel_size > 1:
+        words.append(f"CP{p.context_parallel_size}")
     words.append(f"DP{plan.data_parallel_size}")
     if plan.config.model.decoder.moe:
         words.append(f"EP{p.expert_model_parallel_size}")

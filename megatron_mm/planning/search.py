@@ -14,7 +14,6 @@ from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.config.checks import check_consistency, check_layout
 from megatron_mm.config.nearest import distance, divisors, first_stage_shares
 from megatron_mm.errors import UserError
-from megatron_mm.model.kernels import check_fp8_shapes
 from megatron_mm.planning.plan import Plan, Target, estimated_plan, make_plans
 
 _MOST_STAGES = 32
@@ -54,7 +53,11 @@ def nearest_that_fit(config: RunConfig, target: Target, count: int = 3) -> list[
 
 def _changes(a: RunConfig, b: RunConfig) -> float:
     micro = abs(math.log2(a.training.micro_batch_size / b.training.micro_batch_size))
-    return distance(a.parallel, b.parallel) + micro + (a.training.recompute != b.training.recompute)
+    return (
+        distance(a.parallel, b.parallel, b.model.decoder.num_layers)
+        + micro
+        + (a.training.recompute != b.training.recompute)
+    )
 
 
 def _none_fits(plans: list[Plan], target: Target) -> UserError:
@@ -78,7 +81,6 @@ def _estimates(config: RunConfig, target: Target) -> Iterator[Plan]:
                 try:
                     check_consistency(candidate)
                     check_layout(candidate, target.gpus)
-                    check_fp8_shapes(candidate)
                 except UserError:
                     break
                 plan = estimated_plan(candidate, target)

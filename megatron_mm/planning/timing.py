@@ -23,7 +23,7 @@ class StepTime:
     decoder: float  # matrix products and attention of decoder and output layer
     encoder: float  # of encoder and connector
     memory_bound: float  # norms, rotations, SwiGLU, sums of gradients
-    tensor_parallel: float  # messages inside tensor-parallel groups that nothing hides
+    tensor_parallel: float  # messages inside tensor- and context-parallel groups that nothing hides
     expert_parallel: float  # tokens to experts and back
     pipeline_messages: float  # activations to the next stage and gradients to the one before
     imbalance: float  # the wait for microbatches with more images than the mean
@@ -58,8 +58,8 @@ def step_time(
 ) -> StepTime:
     """Of a layout that `check_layout` has accepted. `images_per_sequence` is the mean over the data."""
     p, t = config.parallel, config.training
-    tp, pp, vpp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
-    dp = world_size // (tp * pp)
+    vpp = p.virtual_pipeline_model_parallel_size
+    dp = world_size // p.model_parallel_size
     microbatches = t.global_batch_size // (t.micro_batch_size * dp)
     cut = stages(config)
     links = _Links(gpu, assumed)
@@ -120,11 +120,14 @@ class _Links:
 
 def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, assumed: Assumptions) -> _StageSeconds:
     d, p, t = config.model.decoder, config.parallel, config.training
-    tp, b, s = p.tensor_model_parallel_size, t.micro_batch_size, config.data.seq_length
+    tp, cp, b = p.tensor_model_parallel_size, p.context_parallel_size, t.micro_batch_size
+    whole = config.data.seq_length
+    s = whole // cp
     dense, moe = sum(c.dense for c in stage), sum(c.moe for c in stage)
     first, last = stage[0].first, stage[-1].last
     layers = dense + moe
-    passes = 4.0 if t.recompute else 3.0  # the backward pass costs two forward passes
+    sweeps = 3.0 if t.recompute else 2.0  # through the layers: forward, again, backward
+    passes = sweeps + ("decoder" not in t.frozen)  # the backward pass costs two forward passes, one of them for weights
     wide = 2 if t.precision == "bf16" else 4
     # Matrix products and attention.
     matrices, experts = _layer_flops(config)
@@ -132,10 +135,11 @@ def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, ass
     peak = gpu.fp8 * assumed.fp8_matmul if t.fp8 else full * assumed.matmul
     imbalance = assumed.expert_imbalance if p.expert_model_parallel_size > 1 else 1.0
     products = passes * (layers * matrices[0] + dense * matrices[1] + moe * experts * imbalance) / peak
-    products += 3.0 * last * matrices[2] / (full * assumed.matmul)  # the output layer is not recomputed
+    # The output layer is not recomputed.
+    products += (2.0 + ("decoder" not in t.frozen)) * last * matrices[2] / (full * assumed.matmul)
     fused = t.layers != "local"
-    pairs = b * (document_pairs([s]) if fused else s * s)
-    scores = passes * layers * 4.0 * d.num_attention_heads * d.head_dim / tp * pairs
+    pairs = b * (document_pairs([whole]) if fused else whole * whole)
+    scores = (sweeps + 1) * layers * 4.0 * d.num_attention_heads * d.head_dim / (tp * cp) * pairs
     scores /= full * (assumed.attention if fused else assumed.local_attention)
     # Memory: two norms, two sums and the rotation on the stream; the FFN's gate; fp32 sums of gradients.
     bandwidth = gpu.bandwidth * assumed.memory_bandwidth
@@ -147,20 +151,24 @@ def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, ass
     )
     weights = _trained_parameters(config, stage)
     memory_bound = (
-        passes * wide * b * s * traffic + (2 * wide + 8) * weights + last * 24 * b * s * d.vocab_size / tp
+        (sweeps + 1) * wide * b * s * traffic + (2 * wide + 8) * weights + last * 24 * b * s * d.vocab_size / tp
     ) / bandwidth
     # Messages. Forward: gather before and scatter after attention and FFN. Backward: as many for the gradients, of
     # which Megatron-Core hides those behind the column-parallel products.
     stream = wide * b * s * d.hidden_size
     one = links.gather(stream, tp, 1)
-    exposed = (passes - 2) * 4 + 2
+    exposed = (sweeps - 1) * 4 + 2
     tensor = (layers * exposed - moe * exposed / 2 + 2 * first + 2 * last) * one
+    # Queries, keys and values to the ranks of their heads, what attention gives back to those of its positions.
+    there, back = (wide * b * s * n / tp for n in (q + 2 * k, q))
+    exchanges = links.exchange(there, cp, tp) + links.exchange(back, cp, tp)
+    tensor += layers * sweeps * exchanges
     expert = 0.0
     if moe and d.moe:
         routed = stream / tp * d.moe.topk
         expert = 2 * links.exchange(routed * imbalance, p.expert_model_parallel_size, p.expert_tp)
         expert += 2 * links.gather(routed * p.expert_tp * imbalance, p.expert_tp, 1)
-        expert *= moe * (passes - 1)
+        expert *= moe * sweeps
     pp, vpp = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
     # Interleaved, the messages run beside the work.
     sent = 2 * links.send(stream / shared) if pp > 1 and vpp == 1 else 0.0
@@ -174,7 +182,8 @@ def _layer_flops(config: RunConfig) -> tuple[tuple[float, float, float], float]:
     """Forward, one microbatch, one rank: (attention's matrices, a dense FFN, the output layer), a layer's experts."""
     d, p = config.model.decoder, config.parallel
     h = d.hidden_size
-    positions = 2.0 * config.training.micro_batch_size * config.data.seq_length / p.tensor_model_parallel_size
+    positions = 2.0 * config.training.micro_batch_size * config.data.seq_length
+    positions /= p.tensor_model_parallel_size * p.context_parallel_size
     attention = 2 * h * d.head_dim * (d.num_attention_heads + d.num_query_groups)
     experts = d.moe.topk * 3 * h * (d.moe.ffn_hidden_size or d.ffn_hidden_size) if d.moe else 0
     return (
@@ -192,8 +201,10 @@ def _trained_parameters(config: RunConfig, stage: Sequence[Chunk]) -> float:
 
 
 def _image_seconds(config: RunConfig, gpu: Gpu, links: _Links, assumed: Assumptions) -> tuple[float, float]:
-    """Of each image of a microbatch, forward and backward, dealt over the tensor-parallel group or split over it."""
+    """Of each image of a microbatch, forward and backward, dealt over the tensor-parallel group or split over it, and
+    dealt over the context-parallel one."""
     m, t, p, tp = config.model, config.training, config.parallel, config.parallel.tensor_model_parallel_size
+    cp = p.context_parallel_size
     vision, connector = image_flops(m)
     if t.fp8_vision:  # its products gain what the decoder's do, its attention nothing
         v = m.vision
@@ -203,14 +214,15 @@ def _image_seconds(config: RunConfig, gpu: Gpu, links: _Links, assumed: Assumpti
     vision *= (1.0 if "vision" in t.frozen else 3.0) + again
     connector *= 1.0 if {"vision", "connector"} <= set(t.frozen) else 3.0
     seconds = (vision / assumed.encoder + connector / assumed.connector * (tp if p.vision_tensor_parallel else 1)) / (
-        gpu.bf16 * tp
+        (gpu.bf16 if t.precision == "bf16" else gpu.fp32) * tp * cp
     )
     wide = 2 if t.precision == "bf16" else 4
     size = wide * m.connector.num_tokens * m.decoder.hidden_size
-    messages = links.gather(size, tp, 1) - links.message * (tp > 1)
+    near = 1 if p.image_sharers > cp else tp  # how far apart they lie
+    messages = links.gather(size, p.image_sharers, near) - links.message * (p.image_sharers > 1)
     if p.vision_tensor_parallel:
-        tokens = wide * m.vision.num_positions * m.vision.hidden_size
-        messages = m.vision.built_layers * 4 * 2 * (links.gather(tokens, tp, 1) - links.message * (tp > 1))
+        tokens = wide * m.vision.num_positions * m.vision.hidden_size / cp
+        messages += m.vision.built_layers * 4 * 2 * (links.gather(tokens, tp, 1) - links.message * (tp > 1))
     return seconds, messages
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.data.loader import TrainingData
-from megatron_mm.model.kernels import check_fp8_shapes, check_kernels
+from megatron_mm.model.kernels import check_kernels
 from megatron_mm.parallel.launch import Launch
 from megatron_mm.parallel.topology import Topology, all_max, initialize, meet, once_a_node, shut_down
 from megatron_mm.training.checkpoint import Checkpointer, load_weights, together
@@ -21,7 +21,6 @@ from megatron_mm.training.telemetry import Telemetry
 def train(config: RunConfig, launch: Launch, stop: StopSignal) -> None:
     """Train to `training.steps`, or to a stop signal: then checkpoint and return. Run it again to go on."""
     check_kernels(config)
-    check_fp8_shapes(config)
     store = meet(launch)
     # Sources are checked and packed before any device is taken, however long it takes.
     once_a_node(lambda: TrainingData.prepare(config), launch, store)
@@ -114,6 +113,8 @@ def _summary(config: RunConfig, topology: Topology, trainer: Trainer) -> str:
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a rank"
     )
     sizes = f"tensor {topology.tp_size} × pipeline {p.pipeline_model_parallel_size} × data {topology.dp_size}"
+    if topology.cp_size > 1:
+        sizes += f" × context {topology.cp_size}"
     if config.model.decoder.moe:
         sizes += f", experts {p.expert_model_parallel_size}"
     return (

@@ -112,13 +112,9 @@ class Trainer:
         finalize_model_grads(model, num_tokens, **kwargs)
         if self.topology.tp_size == 1:
             return
-        replicated = [p for chunk in self.chunks for p in chunk.replicated_parameters()]
-        gradients: list[Tensor] = [p.main_grad for p in replicated]  # type: ignore[attr-defined]
-        if gradients:
-            flat = torch._utils._flatten_dense_tensors(gradients)
-            dist.all_reduce(flat, group=mpu.get_tensor_model_parallel_group())
-            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-                gradient.copy_(summed)
+        # One by one and in place: a flat copy of all of them would be gigabytes.
+        for parameter in (p for chunk in self.chunks for p in chunk.replicated_parameters()):
+            dist.all_reduce(parameter.main_grad, group=mpu.get_tensor_model_parallel_group())  # type: ignore[attr-defined]
 
     def _run(self, batches: Sequence["Microbatch"], forward_only: bool) -> StepResult:
         from megatron.core import parallel_state as mpu
@@ -127,15 +123,17 @@ class Trainer:
         batches = [batch.to(device(), non_blocking=True) for batch in batches]
         text_tokens = torch.stack([b.loss_mask.sum() for b in batches]).sum().double()
         dist.all_reduce(text_tokens, group=mpu.get_data_parallel_group())
-        # Megatron-Core divides by the microbatches and averages over data-parallel ranks.
+        # Megatron-Core divides by the microbatches and averages over data-parallel ranks; context-parallel ones, whose
+        # losses are parts of the same sequences', it sums.
         scale = len(batches) * self.topology.dp_size / max(1.0, text_tokens.item())
         totals = torch.zeros(2, self.num_sources, dtype=torch.float64, device=device())  # loss, text tokens a source
 
         def loss_of(batch: "Microbatch", output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            losses = output.float() * batch.loss_mask
+            loss_mask = self.chunks[0].own_positions(batch.loss_mask)
+            losses = output.float() * loss_mask
             with torch.no_grad():
                 totals[0].index_add_(0, batch.source_ids, losses.detach().sum(1).double())
-                totals[1].index_add_(0, batch.source_ids, batch.loss_mask.sum(1).double())
+                totals[1].index_add_(0, batch.source_ids, loss_mask.sum(1).double())
             return losses.sum() * scale, {}
 
         def forward_step(batches_left: Any, model: Any) -> tuple[Tensor, Any]:
@@ -201,9 +199,10 @@ class Trainer:
         if self.config.model.decoder.moe is None:
             return {}
         own = take_router_losses()
-        # A rank records its share of its tensor-parallel group's load balance, and the mean z loss of its own tokens.
-        dp, tp = self.topology.dp_size, self.topology.tp_size
-        averaged = {"load_balancing_loss": dp, "z_loss": dp * tp}
+        # A rank records its share of the load balance among the ranks that hold parts of its sequences, tensor- and
+        # context-parallel ones, and the mean z loss of its own tokens.
+        dp, parts = self.topology.dp_size, self.topology.tp_size * self.topology.cp_size
+        averaged = {"load_balancing_loss": dp, "z_loss": dp * parts}
         totals = torch.zeros(len(averaged), dtype=torch.float64, device=device())
         for i, (name, ranks) in enumerate(averaged.items()):
             if name in own:  # not on a stage without experts

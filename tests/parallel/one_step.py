@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
 from megatron_mm.data.batch import Microbatch, share_of
 from megatron_mm.model.attention import attention_mask
+from megatron_mm.model.context_parallel import ContextParallelAttention
 from megatron_mm.parallel.launch import launch
 from megatron_mm.parallel.topology import Topology, initialize, shut_down
 from megatron_mm.training.checkpoint import flat_range_boxes
@@ -94,7 +95,10 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 def borders_as_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     starts = kwargs.pop("packed_seq_params").cu_seqlens_q
     numbers = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-    return args, {**kwargs, "attention_mask": attention_mask(numbers.unsqueeze(0))}
+    mask = attention_mask(numbers.unsqueeze(0))
+    if args:  # attention itself: query, key, value [positions, heads, width], mask
+        return (*(x.unsqueeze(1) for x in args[:3]), mask), kwargs
+    return args, {**kwargs, "attention_mask": mask}
 
 
 def borders_as_full_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -115,8 +119,10 @@ def main() -> None:
     trainer = Trainer(config, topology, layout, SOURCES)
     if "--packed" in sys.argv:
         for chunk in trainer.chunks:
-            chunk.packed = True
-            chunk.language_model.register_forward_pre_hook(borders_as_mask, with_kwargs=True)
+            chunk.borders = True
+            exchanges = [m for m in chunk.modules() if isinstance(m, ContextParallelAttention)]
+            for module in [m.inner for m in exchanges] or [chunk.language_model]:
+                module.register_forward_pre_hook(borders_as_mask, with_kwargs=True)
             if chunk.vision is not None:
                 chunk.vision.tile = 16
                 chunk.vision.decoder.register_forward_pre_hook(borders_as_full_mask, with_kwargs=True)

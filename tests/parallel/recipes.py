@@ -24,18 +24,23 @@ def write_config(
     run_dir: Path,
     parallel: dict[str, Any],
     moe: bool = False,
-    vision: dict[str, Any] | None = None,
+    more_heads: bool = False,
     **training: Any,
 ) -> Path:
-    """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2."""
+    """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2. more_heads: 4 in the
+    encoder and 4 groups in the decoder, to be cut where 3 and 2 cannot."""
     tokenizer = path.with_name("tokenizer.model")
     tokenizer.write_bytes(b"not read by these tests")
     config = {
         "run_dir": str(run_dir),
         "model": {
             **MODEL,
-            "vision": {**MODEL["vision"], **(vision or {})},
-            "decoder": {**MODEL["decoder"], "moe": MOE if moe else None},
+            "vision": {**MODEL["vision"], **({"num_attention_heads": 4} if more_heads else {})},
+            "decoder": {
+                **MODEL["decoder"],
+                **({"num_query_groups": 4} if more_heads else {}),
+                "moe": MOE if moe else None,
+            },
         },
         "parallel": parallel,
         "data": {"tokenizer": str(tokenizer), "sources": [{"path": "none", "weight": 1}], "seq_length": 48},

@@ -6,6 +6,7 @@ Batches are synthetic and depend on the step alone. With `training.steps` equal 
 and saves again: under another run_dir and layout that is a conversion.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,4 +54,4 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", flush=True)
-        sys.exit(2)
+        os._exit(2)  # as the training command does: gloo's threads may outlive an error

@@ -17,6 +17,7 @@ EP2_TP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "se
 
 
 EXPERT_TP1 = {**EP2_TP2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+CP2 = {"context_parallel_size": 2}
 VIRTUAL = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
@@ -48,8 +49,9 @@ def same(a: Path, b: Path) -> None:
         (2, {"distributed_optimizer": False}, False, "bf16"),
         (4, EP2_TP2, True, "bf16"),
         (2, VIRTUAL, False, "bf16"),
+        (2, CP2, False, "bf16"),
     ],
-    ids=["dp2", "dp2-bf16-no-distributed-optimizer", "ep2-tp2-bf16", "virtual-stages-frozen-encoder"],
+    ids=["dp2", "dp2-bf16-no-distributed-optimizer", "ep2-tp2-bf16", "virtual-stages-frozen-encoder", "cp2-bf16"],
 )
 def test_resume_is_bit_identical(
     tmp_path: Path, world: int, parallel: dict, moe: bool, precision: str, request: pytest.FixtureRequest
@@ -86,7 +88,7 @@ def test_resume_is_bit_identical(
     ("moe", "layouts"),
     [
         (False, [(4, TP2_PP2), (1, {"distributed_optimizer": False}), (2, {})]),
-        (True, [(4, EP2_TP2), (1, {}), (2, {"expert_model_parallel_size": 2})]),
+        (True, [(4, EP2_TP2), (1, {}), (2, {**CP2, "expert_model_parallel_size": 2})]),
         (True, [(4, EXPERT_TP1), (2, VIRTUAL)]),
     ],
     ids=["dense", "experts", "virtual-stages"],

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 VISION_TP = {"vision_tensor_parallel": True}
 
@@ -30,7 +32,7 @@ class Layout:
     parallel: dict[str, Any]
     bound: float
     moe: bool = False
-    even_heads: bool = False  # the encoder's 3 heads of 16 become 4 of 12, to be cut in two
+    more_heads: bool = False  # see `write_config`
     training: dict[str, Any] = field(default_factory=dict)
     packed: bool = False  # rows end to end, as Transformer Engine's attention takes them; the encoder's too
 
@@ -52,13 +54,26 @@ LAYOUTS = {
     "ep4-expert-tp1-tp2-sp": Layout(
         4, {**TP2_SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}, 5e-6, moe=True
     ),
+    "dp2-tp2-ep2-expert-tp1-sp": Layout(
+        4, {**TP2_SP, **EP2, "expert_tensor_parallel_size": 1}, 5e-6, moe=True
+    ),
+    "cp2": Layout(2, CP2, 5e-6),
+    "cp2-ep2-recompute": Layout(2, {**CP2, **EP2}, 5e-6, moe=True, training={"recompute": True}),
+    "cp4": Layout(4, {"context_parallel_size": 4}, 5e-6, more_heads=True),
+    "cp2-dp2-overlap": Layout(4, {**CP2, "overlap_grad_reduce": True}, 5e-6),
+    "cp2-vision-tp2-pp2": Layout(8, {**CP2, **TP2, **PP2, **VISION_TP}, 5e-6, more_heads=True),
+    "cp2-tp2-sp-pp2-virtual-ep4": Layout(
+        8, {**CP2, **TP2_SP, **VPP2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}, 5e-6,
+        moe=True, more_heads=True,
+    ),
+    "packed-cp2-tp2-sp": Layout(4, {**CP2, **TP2_SP}, 5e-6, packed=True, more_heads=True),
     "packed-tp2-sp": Layout(2, TP2_SP, 5e-6, packed=True),
     "packed-pp2-virtual": Layout(2, VPP2, 5e-6, packed=True),
     "packed-vision-tp2-recompute": Layout(
-        2, {**TP2, **VISION_TP}, 5e-6, even_heads=True, training={"recompute": True}, packed=True
+        2, {**TP2, **VISION_TP}, 5e-6, more_heads=True, training={"recompute": True}, packed=True
     ),
-    "vision-tp2": Layout(2, {**TP2, **VISION_TP}, 5e-6, even_heads=True),
-    "vision-tp2-sp-pp2": Layout(4, {**TP2_SP, **PP2, **VISION_TP}, 5e-6, even_heads=True),
+    "vision-tp2": Layout(2, {**TP2, **VISION_TP}, 5e-6, more_heads=True),
+    "vision-tp2-sp-pp2": Layout(4, {**TP2_SP, **PP2, **VISION_TP}, 5e-6, more_heads=True),
     "frozen-encoder-tp2": Layout(2, TP2, 5e-6, training={"frozen": ["vision"]}),
     "frozen-decoder-pp2": Layout(2, PP2, 0.0, training={"frozen": ["decoder"]}),
     "frozen-connector-dp2-overlap": Layout(
@@ -69,13 +84,13 @@ LAYOUTS = {
     ),
     # Against one rank's fp32: what bf16 itself costs, in any layout.
     "tp2-sp-bf16": Layout(2, TP2_SP, 0.05, training={"precision": "bf16"}),
+    "ep2-bf16": Layout(2, EP2, 0.05, moe=True, training={"precision": "bf16"}),
 }  # fmt: skip
 
 
 def run(out: Path, layout: Layout) -> Path:
     out.mkdir(parents=True)
-    vision = {"num_attention_heads": 4} if layout.even_heads else None
-    write_config(out / "config.yaml", out, layout.parallel, layout.moe, vision, **layout.training)
+    write_config(out / "config.yaml", out, layout.parallel, layout.moe, layout.more_heads, **layout.training)
     script = str(ROOT / "tests/parallel/one_step.py")
     packed = ["--packed"] if layout.packed else []
     run_ranks(layout.ranks, [script, str(out / "config.yaml"), str(out), *packed], out / "logs")
@@ -104,12 +119,12 @@ def assemble(out: Path, variant: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, bool], Path]:
-    """One rank's gradients: dense or with experts, with either number of heads in the encoder."""
+    """One rank's gradients: dense or with experts, with either number of heads."""
     root = tmp_path_factory.mktemp("single")
 
     @functools.cache
-    def made(moe: bool, even_heads: bool) -> Path:
-        return run(root / f"{moe}-{even_heads}", Layout(1, {}, 0.0, moe, even_heads))
+    def made(moe: bool, more_heads: bool) -> Path:
+        return run(root / f"{moe}-{more_heads}", Layout(1, {}, 0.0, moe, more_heads))
 
     return made
 
@@ -117,7 +132,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, bool], P
 def imbalance(counts: list[int], layout: Layout) -> float:
     """Of 4 microbatches of 2 sequences, dealt in turn to the data-parallel ranks."""
     p = layout.parallel
-    dp = layout.ranks // (p.get("tensor_model_parallel_size", 1) * p.get("pipeline_model_parallel_size", 1))
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    dp = layout.ranks // math.prod(p.get(size, 1) for size in sizes)
     bins = [sum(counts[i : i + 2]) for i in range(0, 8, 2)]
     most = sum(max(bins[i : i + dp]) for i in range(0, 4, dp))
     return most * dp / sum(counts) if sum(counts) else 1.0
@@ -129,7 +145,7 @@ PARTS = {"vision": "vision.", "connector": "connector.", "decoder": "language_mo
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_equal_one_ranks(name: str, single: Callable[[bool, bool], Path], tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    alone, out = single(layout.moe, layout.even_heads), run(tmp_path / "out", layout)
+    alone, out = single(layout.moe, layout.more_heads), run(tmp_path / "out", layout)
     frozen = tuple(PARTS[part] for part in layout.training.get("frozen", ()))
     close = 0.01 if layout.training.get("precision") == "bf16" else 1e-6
     for variant in VARIANTS:

@@ -95,7 +95,7 @@ def one_step(config: RunConfig, topology: Topology) -> dict[str, int]:
         "optimizer": sum(size for address, size in state.items() if address not in held),
         "saved": saved.most,
         "live": live.peak,
-        "stage": torch.distributed.get_rank() // (topology.tp_size * topology.dp_size),
+        "stage": topology.rank * config.parallel.pipeline_model_parallel_size // topology.world_size,
     }
 
 

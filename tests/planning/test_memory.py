@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_mm.config import RunConfig, load_config
+from megatron_mm.config import RunConfig, check_layout, load_config
 from megatron_mm.planning.measure import measure
 from megatron_mm.planning.memory import StageMemory, stage_memory
 from tests.parallel.recipes import write_config
@@ -17,12 +17,16 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP, bf16": {"parallel": SP, "precision": "bf16"},
-    "TP2, encoder cut": {"parallel": {"tensor_model_parallel_size": 2, "vision_tensor_parallel": True}, "heads": 4},
+    "TP2, encoder cut": {
+        "parallel": {"tensor_model_parallel_size": 2, "vision_tensor_parallel": True},
+        "more_heads": True,
+    },
     "PP2, uneven": {"parallel": {**PP, "first_pipeline_stage_layers": 1}},
     "PP2, virtual": {"parallel": {**PP, "virtual_pipeline_model_parallel_size": 2}},
     "DP2": {"parallel": {"overlap_grad_reduce": True}, "precision": "bf16"},
     "DP2, recompute": {"parallel": {"distributed_optimizer": False}, "recompute": True},
     "DP2, frozen": {"parallel": {}, "frozen": ["vision", "decoder"]},
+    "CP2": {"parallel": {"context_parallel_size": 2}, "precision": "bf16"},
     "EP2": {"parallel": {"expert_model_parallel_size": 2}, "moe": True},
     "TP2+SP, experts too": {"parallel": SP, "moe": True, "precision": "bf16"},
 }
@@ -36,8 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Stag
     paths = []
     for number, layout in enumerate(LAYOUTS.values()):
         options = dict(layout)
-        heads = {"num_attention_heads": options.pop("heads", 3)}
-        path = write_config(folder / f"{number}.yaml", folder, options.pop("parallel"), vision=heads, **options)
+        path = write_config(folder / f"{number}.yaml", folder, options.pop("parallel"), **options)
         data = yaml.safe_load(path.read_text())
         data["data"]["max_images"] = 4
         path.write_text(yaml.safe_dump(data))
@@ -48,8 +51,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Stag
     planned = measure(configs, RANKS, imbalance=1.0, gpu=False)
     for number, (name, config, stages) in enumerate(zip(LAYOUTS, configs, planned, strict=True)):
         pp = config.parallel.pipeline_model_parallel_size
-        dp = RANKS // (config.parallel.tensor_model_parallel_size * pp)
-        microbatches = config.training.global_batch_size // config.training.micro_batch_size // dp
+        microbatches = config.training.global_batch_size // config.training.micro_batch_size
+        microbatches //= check_layout(config, RANKS)
         plan = [stage_memory(stage, i, pp, microbatches) for i, stage in enumerate(stages)]
         real = [json.loads((folder / f"{number}.{rank}.json").read_text()) for rank in range(RANKS)]
         answers[name] = (plan, real)

@@ -156,19 +156,20 @@ def test_launchers(undisturbed: Path, data: Path, tmp_path: Path, launcher: str)
 
 
 def test_expert_losses_are_the_whole_batchs(data: Path, tmp_path: Path) -> None:
-    """What is logged of the routers does not depend on how many ranks share the work."""
+    """What is logged, of the routers too, does not depend on how many ranks share the work."""
     found = []
     stages = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
-    layouts = ((1, {}), (2, {"expert_model_parallel_size": 2}), (4, stages))  # the first of two stages has no experts
-    for world, parallel in layouts:
-        folder = tmp_path / str(world)
+    experts_apart, cut = {"expert_model_parallel_size": 2}, {"context_parallel_size": 2}
+    layouts = ((1, {}), (2, experts_apart), (2, cut), (4, stages))  # the first of two stages has no experts
+    for number, (world, parallel) in enumerate(layouts):
+        folder = tmp_path / str(number)
         experts = {"num_experts": 4}
         config = tiny_run(folder, data, training__steps=3, parallel=parallel, model__decoder__moe=experts)
         run_ranks(world, [*TRAIN, str(config)], folder / "logs")
         found.append([m for m in metrics(config) if "loss" in m])
     for one, *others in zip(*found, strict=True):
-        for name in ("moe/load_balancing_loss", "moe/z_loss"):
-            assert [other[name] for other in others] == pytest.approx([one[name]] * 2, rel=1e-5), name
+        for name in ("loss", "moe/load_balancing_loss", "moe/z_loss"):
+            assert [other[name] for other in others] == pytest.approx([one[name]] * 3, rel=1e-5), name
         assert 1 <= one["moe/load_balancing_loss"] < 1.5  # 1 when tokens spread evenly over the experts
 
 

@@ -30,6 +30,7 @@ training: {steps: 10}
 
 MOE = "model.decoder.moe={num_experts: 4}"
 TP = "parallel.tensor_model_parallel_size"
+CP = "parallel.context_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
 
 
@@ -152,13 +153,25 @@ BAD = [
     ([f"{TP}=2", "model.decoder.vocab_size=511"], "model.decoder.vocab_size", TP),
     ([f"{TP}=2", "parallel.sequence_parallel=true", "data.seq_length=4095"], "data.seq_length", TP),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", "2 or more"),
+    ([f"{CP}=4"], "model.decoder.num_query_groups", CP),
+    ([f"{CP}=2", f"{TP}=2"], "model.decoder.num_query_groups", "parallel.context_parallel_size (4)"),
+    ([f"{CP}=2", "data.seq_length=4094"], "data.seq_length", "4092 or 4096"),
     ([f"{PP}=3"], "model.decoder.num_layers", "3 or 6"),
     (["parallel.first_pipeline_stage_layers=1"], "parallel.first_pipeline_stage_layers", "pipeline stage"),
     ([f"{PP}=3", "parallel.first_pipeline_stage_layers=1"], "parallel.first_pipeline_stage_layers", "2"),
     ([f"{PP}=2", "parallel.first_pipeline_stage_layers=4"], "parallel.first_pipeline_stage_layers", "1, 2, 3"),
     (["parallel.expert_model_parallel_size=2"], "parallel.expert_model_parallel_size", "no experts"),
     ([MOE, "parallel.expert_model_parallel_size=3"], "model.decoder.moe.num_experts", "3 or 6"),
-    ([MOE, "model.decoder.moe.topk=5"], "model.decoder.moe.topk", "1 to 4"),
+    ([MOE, "model.decoder.moe.topk=5"], "model.decoder.moe.topk", "2 to 4"),
+    ([MOE, "model.decoder.moe.topk=1"], "model.decoder.moe.topk", "2 to 4"),
+    ([MOE, "model.decoder.moe.layer_freq=5"], "model.decoder.moe.layer_freq", "1 to 4"),
+    (["parallel.expert_tensor_parallel_size=2"], "parallel.expert_tensor_parallel_size", "no experts"),
+    (
+        [MOE, f"{TP}=2", "parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=1"],
+        "parallel.expert_tensor_parallel_size",
+        "parallel.expert_model_parallel_size to 2 or more",
+    ),
+    ([MOE, "parallel.expert_tensor_parallel_size=2"], "parallel.expert_tensor_parallel_size", "leave it out"),
     ([MOE, f"{TP}=2"], "parallel.sequence_parallel", "true"),
     (
         [MOE, f"{TP}=2", "parallel.sequence_parallel=true", "model.decoder.moe.ffn_hidden_size=33"],
@@ -168,6 +181,8 @@ BAD = [
     # data and batch
     (["data.sources=[]"], "data.sources", "nothing to train on"),
     (["data.sources.1.path=other/captions"], "data.sources", "captions"),
+    (["training.frozen=[vision, connector, decoder]"], "training.frozen", "nothing would be trained"),
+    (["training.frozen=[vision, vision]"], "training.frozen", "twice"),
     (["training.micro_batch_size=3"], "training.global_batch_size", "510 or 513"),
 ]
 
@@ -222,7 +237,9 @@ def layout(*overrides: str, world: int, path: Path) -> int:
 def test_layout_answers_with_the_data_parallel_size(minimal: Path) -> None:
     assert layout(world=8, path=minimal) == 8
     assert layout(f"{TP}=2", f"{PP}=2", world=8, path=minimal) == 2
+    assert layout(f"{CP}=2", f"{PP}=2", world=8, path=minimal) == 2
     assert layout(MOE, "parallel.expert_model_parallel_size=4", world=8, path=minimal) == 8
+    assert layout(MOE, f"{CP}=2", "parallel.expert_model_parallel_size=4", world=4, path=minimal) == 2
 
 
 @pytest.mark.parametrize(
@@ -230,7 +247,9 @@ def test_layout_answers_with_the_data_parallel_size(minimal: Path) -> None:
     [
         ([f"{TP}=2", f"{PP}=2"], 6, "parallel", "multiples of 4, for example 12"),
         ([f"{TP}=2", f"{PP}=2"], 1, "parallel", "multiples of 4"),
-        ([MOE, "parallel.expert_model_parallel_size=4"], 6, "parallel.expert_model_parallel_size", "a divisor of 6"),
+        ([f"{CP}=2", f"{PP}=2"], 6, "parallel", "context 2"),
+        ([MOE, "parallel.expert_model_parallel_size=4"], 6, "parallel.expert_model_parallel_size", "1, 2"),
+        ([], 0, "parallel", "1 or more"),
         ([], 3, "training.global_batch_size", "a multiple of 3, for example 510"),
     ],
 )
