@@ -9,6 +9,7 @@ is missing.
 """
 
 import hashlib
+import io
 import lzma
 import os
 import re
@@ -18,7 +19,7 @@ import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 MIB = 1 << 20
 PART = int(os.environ.get("PART_KIB", 6 << 10)) << 10  # bytes; small ones fill bundles evenly
@@ -59,18 +60,18 @@ def stage(wheels: Path, folder: Path) -> None:
 def _pack(folder: Path, into: Path) -> list[Path]:
     """Parts of the folder's archive; the same bytes for the same contents."""
     whole = into / f"{folder.name}.tar.xz"
-    with lzma.open(whole, "wb", preset=6) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+    with lzma.LZMAFile(whole, "wb", preset=6) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for path in sorted(folder.rglob("*")):
             entry = tar.gettarinfo(path, str(path.relative_to(folder)))
             entry.uid = entry.gid = entry.mtime = 0
             entry.uname = entry.gname = ""
             with path.open("rb") if entry.isreg() else open(os.devnull, "rb") as content:
                 tar.addfile(entry, content)
-    parts = []
+    parts: list[Path] = []
     with whole.open("rb") as file:
-        while content := file.read(PART):
+        while piece := file.read(PART):
             parts.append(into / f"{whole.name}.{len(parts):03d}")
-            parts[-1].write_bytes(content)
+            parts[-1].write_bytes(piece)
     whole.unlink()
     return parts
 
@@ -137,23 +138,27 @@ def _opened(site: Path, name: str) -> bool:
     return (site / name).is_dir()
 
 
-class _Joined(IO[bytes]):
+class _Joined(io.RawIOBase):
     """Parts read as one file."""
 
     def __init__(self, parts: list[Path]) -> None:
         self._parts = iter(parts)
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes] = io.BytesIO()
 
-    def read(self, size: int = -1) -> bytes:
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         while True:
-            content = self._file.read(size) if self._file else b""
+            content = self._file.read(len(buffer))
             if content:
-                return content
+                buffer[: len(content)] = content
+                return len(content)
+            self._file.close()
             part = next(self._parts, None)
             if part is None:
-                return b""
-            if self._file:
-                self._file.close()
+                self._file = io.BytesIO()
+                return 0
             self._file = part.open("rb")
 
 
@@ -161,7 +166,8 @@ def _join(parts: list[Path], target: Path) -> None:
     """In its place at once, when whole."""
     half = target.with_name(target.name + ".opening")
     shutil.rmtree(half, ignore_errors=True)
-    with tarfile.open(fileobj=lzma.open(_Joined(parts)), mode="r|", bufsize=MIB) as tar:
+    joined = io.BufferedReader(_Joined(parts), MIB)
+    with lzma.LZMAFile(joined) as whole, tarfile.open(fileobj=whole, mode="r|", bufsize=MIB) as tar:
         tar.extractall(half, filter="tar")
     half.rename(target)
     for part in parts:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit import Case, Figures, Ratio, has_gpu, run, seconds_each, spread
+from cases import Case, Ratio, run
+from kit import Figures, has_gpu, seconds_each, spread
 
 # (m, k, n): a large square, and the decoder's own in a sequence of 4096: attention's and the FFN's.
 SHAPES = {"square": (8192, 8192, 8192), "attention": (4096, 3072, 9216), "ffn": (4096, 3072, 16384)}

@@ -1,8 +1,10 @@
 """Is all there that the rest needs? Versions, Transformer Engine's kernels, DALI, NCCL: each by itself, in seconds."""
 
 from pathlib import Path
+from typing import Any
 
-from kit import Case, Figures, Ratio, has_gpu, machine, run
+from cases import Case, Ratio, run
+from kit import Figures, has_gpu, machine
 
 NO_GPU = {"skipped": "needs CUDA"}
 
@@ -19,6 +21,11 @@ def versions(smoke: bool) -> Figures:
     }
 
 
+def _distance(found: Any, exact: Any) -> float:
+    """Relative, of whole tensors."""
+    return round(((found.float() - exact).norm() / exact.norm()).item(), 5)
+
+
 def transformer_engine(smoke: bool) -> Figures:
     """A matrix product in bf16 and by each FP8 recipe that this GPU has, forward and backward: distance from fp32."""
     if not has_gpu():
@@ -27,7 +34,6 @@ def transformer_engine(smoke: bool) -> Figures:
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
-    autocast = getattr(te, "fp8_autocast")  # noqa: B009 - renamed in later releases, where the old name stays
     recipes = {
         "bf16": None,
         "delayed": recipe.DelayedScaling(),
@@ -42,15 +48,12 @@ def transformer_engine(smoke: bool) -> Figures:
         weight = torch.randn(4096, 8192, device="cuda", dtype=torch.bfloat16)
         for _ in range(2):  # the delayed recipe knows its scales from the step before
             x.grad = None
-            with autocast(enabled=chosen is not None, fp8_recipe=chosen):
+            with te.autocast(enabled=chosen is not None, recipe=chosen):
                 y = layer(x)
             y.backward(weight)
         exact = x.detach().float() @ layer.weight.detach().float().t()
         back = weight.float() @ layer.weight.detach().float()
-        found[name] = {
-            "forward": round(((y.float() - exact).norm() / exact.norm()).item(), 5),
-            "backward": round(((x.grad.float() - back).norm() / back.norm()).item(), 5),
-        }
+        found[name] = {"forward": _distance(y, exact), "backward": _distance(x.grad, back)}
         print(f"{name}: {found[name]}", flush=True)
     return found
 
@@ -75,12 +78,11 @@ def attention(smoke: bool) -> Figures:
     output.square().sum().backward()
     exact = []
     for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-        part = (t.detach()[a:b].float().transpose(0, 1) for t in (q, k, v))
-        exact.append(torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True).transpose(0, 1))
-    wanted = torch.cat(exact)
-    return {"distance": round(((output.float() - wanted).norm() / wanted.norm()).item(), 5)} | {
-        "gradients_finite": all(bool(t.grad.isfinite().all()) for t in (q, k, v))
-    }
+        queries, keys, values = (t.detach()[a:b].float().transpose(0, 1) for t in (q, k, v))
+        part = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        exact.append(part.transpose(0, 1))
+    finite = all(t.grad is not None and bool(t.grad.isfinite().all()) for t in (q, k, v))
+    return {"distance": _distance(output, torch.cat(exact)), "gradients_finite": finite}
 
 
 def dali(smoke: bool) -> Figures:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kit import Case, Figures, Ratio, at_most, has_gpu, run
+from cases import Case, Ratio, at_most, run
+from kit import Figures, has_gpu
 
 SEQUENCES, STEPS = 8, 12
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kit import Case, Figures, Ratio, at_least, load, run, spread
+from cases import Case, Ratio, at_least, run
+from kit import Figures, load, spread
 
 SIZE, PICTURES = 378, 64
 

@@ -7,10 +7,12 @@ beside that (`reserved`), and what CUDA takes for itself, are the planner's rese
 import dataclasses
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kit import ROOT, Case, Figures, Ratio, has_gpu, run
+from cases import Case, Ratio, run
+from kit import ROOT, Figures, has_gpu
 
 GIB = 2**30
 SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -42,8 +44,8 @@ def measured(name: str, smoke: bool) -> Figures:
         overrides = tuple(o for o in overrides if "num_" not in o)
     size = 2 if "training.micro_batch_size=2" in overrides else 1
     config = recipe(source, smoke, *overrides, f"training.global_batch_size={2 * size}")
-    plan = planned(config)
-    with trainer_of(config) as trainer:
+    with ThreadPoolExecutor(1) as beside, trainer_of(config) as trainer:
+        planning = beside.submit(planned, config)
         given, _ = batches(config, ["images"] * (2 * size))
         for step in range(1 if smoke else 3):  # the first makes the optimizer's state
             if has_gpu():
@@ -56,6 +58,7 @@ def measured(name: str, smoke: bool) -> Figures:
                 b.grad_data.nbytes for w in trainer.wrapped for b in (*w.buffers, *w.expert_parallel_buffers)
             ),
         }
+        plan = planning.result()
     found: Figures = {"planned_gib": {k: round(v / GIB, 3) for k, v in plan.items() if k not in ("stage", "in_flight")}}
     found["measured_gib"] = {k: round(v / GIB, 3) for k, v in own.items()}
     if peak is not None:

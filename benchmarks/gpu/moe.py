@@ -7,7 +7,8 @@ products are twice the dense FFN's, so the figure is how much of that work's spe
 import functools
 from pathlib import Path
 
-from kit import Case, Figures, Ratio, has_gpu, run
+from cases import Case, Ratio, run
+from kit import Figures, has_gpu
 
 LAYERS, EXPERTS = 10, 8
 

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from kit import ROOT, Figures, spread
+from kit import ROOT, Figures, has_gpu, spread
 
 from megatron_mm.config import RunConfig, SequenceLayout, load_config
 from megatron_mm.data.batch import Microbatch
@@ -21,19 +21,33 @@ from megatron_mm.planning.hardware import GPUS
 
 Kind = Literal["one document", "text", "caption", "interleaved", "images"]
 _IMAGE, _BOS, _EOS, _PAD = 4, 2, 3, 0
+
+
+def sequences(counts: dict[Kind, int]) -> list[Kind]:
+    """Of each kind that many."""
+    return [kind for kind, n in counts.items() for _ in range(n)]
+
+
 # MM1's final mix, 45/45/10, as whole sequences of one kind each.
-MIX: list[Kind] = list[Kind](["caption"] * 9 + ["interleaved"] * 9 + ["text"] * 2)
+MIX = sequences({"caption": 9, "interleaved": 9, "text": 2})
+
+# Toy sizes that FP8's tiles of 128 divide.
+_TOY = [f"model.decoder.{field}" for field in (
+    "hidden_size=256", "num_attention_heads=4", "num_query_groups=4", "ffn_hidden_size=512"
+)]  # fmt: skip
 
 
 def recipe(name: str, smoke: bool, *overrides: str) -> RunConfig:
-    """examples/mm1/NAME.yaml on one GPU; smoke: its tiny twin."""
+    """examples/mm1/NAME.yaml on one GPU; smoke: its tiny twin, on a CPU by the local layers."""
     path = ROOT / "examples/mm1" / ("tiny" if smoke else "") / f"{name}.yaml"
     alone = [
         "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
         "parallel.expert_model_parallel_size=1", "parallel.overlap_grad_reduce=false",
         "training.micro_batch_size=1", "training.global_batch_size=1",
     ]  # fmt: skip
-    if not smoke:  # no silent fall back to the local layers where Transformer Engine is missing
+    if smoke:
+        alone += _TOY
+    if has_gpu():  # no silent fall back to the local layers where Transformer Engine is missing
         alone += ["training.layers=transformer_engine", "training.precision=bf16"]
     return load_config(path, alone + list(overrides))
 
@@ -69,6 +83,11 @@ def _documents(kind: Kind, layout: SequenceLayout, rng: np.random.Generator) -> 
     return found
 
 
+def documents_of(config: RunConfig) -> list[tuple[int, int]]:
+    """(images, words) of the documents of one interleaved sequence."""
+    return _documents("interleaved", layout_of(config), np.random.default_rng(0))
+
+
 def microbatch(config: RunConfig, kinds: Sequence[Kind], seed: int) -> tuple[Microbatch, list[int]]:
     """A microbatch of a sequence of each kind, on this process's device; the lengths of its documents."""
     layout = layout_of(config)
@@ -94,7 +113,9 @@ def microbatch(config: RunConfig, kinds: Sequence[Kind], seed: int) -> tuple[Mic
             mask[row, here] = ids[1:] != _IMAGE
             at, images = at + n, images + pictures
             lengths.append(n)
-    pixels = torch.randint(0, 256, (images, 3, layout.image_size, layout.image_size), dtype=torch.uint8)
+    fixed = torch.Generator().manual_seed(seed)
+    shape = (images, 3, layout.image_size, layout.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=fixed)
     batch = Microbatch(
         tokens=torch.from_numpy(tokens), labels=torch.from_numpy(labels), loss_mask=torch.from_numpy(mask),
         documents=torch.from_numpy(numbers), position_ids=torch.from_numpy(positions), images=pixels,
@@ -114,6 +135,7 @@ def batches(config: RunConfig, kinds: Sequence[Kind]) -> tuple[list[Microbatch],
 def _quick_weights(model: torch.nn.Module, config: RunConfig) -> None:
     """In the place of `initialize_weights`, which draws billions of numbers on the CPU so that they do not depend on
     the layout: here the same distributions, drawn where they are."""
+    torch.manual_seed(config.training.seed)  # of the device too: every case of a shape starts alike
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -140,11 +162,33 @@ def trainer_of(config: RunConfig, sources: int = 1) -> Iterator[Any]:
         from megatron_mm.model import build
         from megatron_mm.training.step import Trainer
 
-        exact, build.initialize_weights = build.initialize_weights, _quick_weights  # type: ignore[assignment]
+        exact, build.initialize_weights = build.initialize_weights, _quick_weights
         try:
             yield Trainer(config, topology, layout_of(config), sources)
         finally:
             build.initialize_weights = exact
+
+
+@contextlib.contextmanager
+def with_fields(fields: dict[str, Any]) -> Iterator[None]:
+    """Models built inside have these fields of Megatron-Core's TransformerConfig, in decoder and encoder: what is tried
+    out here and is no field of a run."""
+    from megatron_mm.model import multimodal
+
+    plain = multimodal.transformer_config
+
+    def changed(config: RunConfig) -> Any:
+        transformer = plain(config)
+        for name, value in fields.items():
+            assert hasattr(transformer, name), name
+            setattr(transformer, name, value)
+        return transformer
+
+    multimodal.transformer_config = changed
+    try:
+        yield
+    finally:
+        multimodal.transformer_config = plain
 
 
 def synchronize() -> None:
@@ -165,16 +209,30 @@ def nominal_peak(fp8: bool = False) -> float | None:
     return gpu.fp8 if fp8 else gpu.bf16
 
 
-def train_figures(config: RunConfig, kinds: Sequence[Kind], smoke: bool, steps: int, profiled: bool = False) -> Figures:
-    """Steps of a sequence of each kind: tokens/s, FLOP/s, share of the data sheet's peak, memory."""
+def train_figures(
+    config: RunConfig,
+    kinds: Sequence[Kind],
+    smoke: bool,
+    steps: int,
+    profiled: bool = False,
+    prepare: Callable[[Any], None] | None = None,
+) -> Figures:
+    """Steps of a sequence of each kind: tokens/s, FLOP/s, share of the data sheet's peak, memory.
+
+    Args:
+        profiled: a step of 4 microbatches more, under the profiler.
+        prepare: what is done to the trainer before its first step.
+    """
     training = dataclasses.replace(config.training, global_batch_size=len(kinds))
     config = dataclasses.replace(config, training=training)
     with trainer_of(config) as trainer:
+        if prepare is not None:
+            prepare(trainer)
         given, lengths = batches(config, kinds)
         for step in range(2):
             last = trainer.train_step(given, step)
         seconds = []
-        for step in range(steps):
+        for step in range(1 if smoke else steps):
             synchronize()
             start = time.perf_counter()
             last = trainer.train_step(given, step)
@@ -182,11 +240,13 @@ def train_figures(config: RunConfig, kinds: Sequence[Kind], smoke: bool, steps: 
             seconds.append(time.perf_counter() - start)
         found = step_figures(config, seconds, len(kinds), lengths, last.images)
         found |= {"loss": last.loss, "peak_gib": peak_gib(), "transformer_engine": trainer.chunks[0].packed}
-        if profiled and not smoke:
+        if profiled:
             try:
                 found["profile"] = profile(lambda: trainer.train_step(given[:4], 0))
             except Exception as error:  # a tool's fault does not take the figures with it
                 found["profile"] = f"failed: {error!r}"
+                if smoke:
+                    raise
     return found
 
 
@@ -211,22 +271,26 @@ def step_figures(
     }
 
 
-def profile(step: Any) -> list[Figures]:
-    """The kernels that take most of a step: share of the GPU's busy time; and how much of the step the GPU is busy."""
+def profile(step: Callable[[], Any]) -> list[Figures]:
+    """The kernels that take most of a step: share of the GPU's busy time; and how much of the step the GPU is busy. On
+    a CPU its operators."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    # Not both: watching the CPU slows it down, and the GPU would wait for it.
+    watched = ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU
     synchronize()
-    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    with profiler(activities=[watched]) as seen:
         start = time.perf_counter()
         step()
         synchronize()
         wall = time.perf_counter() - start
-    kernels = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
-    kernels = [k for k in kernels if k.self_device_time_total and k.device_type.name == "CUDA"]
-    busy = sum(k.self_device_time_total for k in kernels)
-    listed = [
-        {"kernel": k.key[:120], "share": round(k.self_device_time_total / busy, 4), "calls": k.count}
-        for k in kernels[:40]
-    ]
+    kernels: list[tuple[float, str, int]] = []
+    for event in seen.key_averages():
+        micros = event.self_device_time_total if on_gpu() else event.self_cpu_time_total
+        if micros and event.device_type.name == ("CUDA" if on_gpu() else "CPU"):
+            kernels.append((micros, event.key, event.count))
+    kernels.sort(reverse=True)
+    busy = sum(micros for micros, _, _ in kernels)
+    listed = [{"kernel": name[:120], "share": round(t / busy, 4), "calls": calls} for t, name, calls in kernels[:60]]
     return [{"busy_s": round(busy / 1e6, 4), "wall_s": round(wall, 4)}, *listed]

@@ -1,7 +1,8 @@
 """MM1's encoder alone, ViT-H/14 at 378 px: forward and backward, images a second and share of the peak.
 
-By the images of a call (16 are a full sequence's; 64 would be four sequences' together), Transformer Engine's layers
-and the local ones, the connector alone, and transformers' CLIP encoder of the same shape with torch's fused attention.
+By the images of a call (16 are a full sequence's; 64 would be four sequences' together), Transformer Engine's layers in
+bf16 and FP8 and the local ones, the connector alone in several ways, and transformers' CLIP encoder of the same shape
+with torch's fused attention.
 """
 
 import functools
@@ -9,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit import Case, Figures, Ratio, at_least, has_gpu, run, seconds_each, spread
+from cases import Case, Ratio, at_least, run
+from kit import Figures, has_gpu, seconds_each, spread
 
 
 def _figures(config: Any, images: int, connector: bool, seconds: list[float]) -> Figures:
@@ -37,22 +39,29 @@ def _backward(function: Callable[[], Any]) -> Callable[[], None]:
     return step
 
 
-def ours(layers: str, images: int, smoke: bool) -> Figures:
+def ours(layers: str, images: int, smoke: bool, scaling: str | None = None) -> Figures:
+    if scaling and not has_gpu():
+        return {"skipped": "needs CUDA and Transformer Engine"}
     import torch
     from workload import alone, recipe
 
     if smoke:
         images = 2
-    config = recipe("mm1-3b", smoke, f"training.layers={'local' if smoke else layers}")
+    overrides = [f"training.layers={layers if has_gpu() else 'local'}"]
+    if scaling:
+        overrides += [f"training.fp8={scaling}", "training.fp8_vision=true"]
+    config = recipe("mm1-3b", smoke, *overrides)
     with alone(config):
         from megatron_mm.model.decoder import transformer_config
-        from megatron_mm.model.kernels import check_kernels, uses_transformer_engine
+        from megatron_mm.model.kernels import check_kernels, uses_transformer_engine, vision_tile
         from megatron_mm.model.vision import VisionEncoder
         from megatron_mm.parallel.backend import device
 
         check_kernels(config)
         v = config.model.vision
-        encoder = VisionEncoder(v, transformer_config(config), False, uses_transformer_engine(config)).to(device())
+        encoder = VisionEncoder(
+            v, transformer_config(config), False, uses_transformer_engine(config), vision_tile(config)
+        ).to(device())
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
                 parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02)
@@ -61,7 +70,7 @@ def ours(layers: str, images: int, smoke: bool) -> Figures:
     return _figures(config, images, False, seconds)
 
 
-def connector(smoke: bool) -> Figures:
+def connector(way: str, smoke: bool) -> Figures:
     import torch
     from workload import recipe
 
@@ -74,6 +83,10 @@ def connector(smoke: bool) -> Figures:
     kind = torch.bfloat16 if has_gpu() else torch.float32
     module = build_connector(config.model.connector, v.hidden_size, v.grid, config.model.decoder.hidden_size)
     module = module.to(device(), kind)
+    if way == "channels-last":
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif way == "compiled":
+        module.compile()
     features = torch.randn(images, v.grid**2, v.hidden_size, device=device(), dtype=kind).requires_grad_()
     seconds = seconds_each(_backward(lambda: module(features)), 2 if smoke else 15, 1 if smoke else 4)
     return _figures(config, images, True, seconds)
@@ -105,24 +118,32 @@ def transformers(smoke: bool) -> Figures:
 
 
 def ratios(found: dict[str, Figures], results: Path) -> list[Ratio]:
-    if not {"te-16", "transformers-16"} <= found.keys():
-        return []
-    mine, other = (found[n]["images_per_s"] for n in ("te-16", "transformers-16"))
-    lines = [at_least("encoder", mine, "images/s", other, "images/s of transformers", 1.0)]
-    for name in ("te-64", "local-16"):
-        if name in found:
-            lines.append(Ratio(f"encoder {name}", found[name]["images_per_s"], "images/s", mine, "images/s of te-16"))
+    lines = []
+    if {"te-16", "transformers-16"} <= found.keys():
+        mine, other = (found[n]["images_per_s"] for n in ("te-16", "transformers-16"))
+        lines.append(at_least("encoder", mine, "images/s", other, "images/s of transformers", 1.0))
+    for name, base in (
+        ("te-64", "te-16"), ("te-16-fp8", "te-16"), ("local-16", "te-16"),
+        ("connector-16-compiled", "connector-16"), ("connector-16-channels-last", "connector-16"),
+    ):  # fmt: skip
+        if {name, base} <= found.keys():
+            ours, plain = (found[n]["images_per_s"] for n in (name, base))
+            lines.append(Ratio(f"encoder, {name}", ours, "images/s", plain, f"images/s of {base}"))
     return lines
 
 
 CASES = [
     Case("te-16", functools.partial(ours, "transformer_engine", 16)),
     Case("transformers-16", transformers),
-    Case("connector-16", connector),
     Case("te-64", functools.partial(ours, "transformer_engine", 64)),
+    Case("te-16-fp8", functools.partial(ours, "transformer_engine", 16, scaling="tensorwise")),
+    Case("connector-16", functools.partial(connector, "as it is")),
+    Case("connector-16-compiled", functools.partial(connector, "compiled")),
+    Case("connector-16-channels-last", functools.partial(connector, "channels-last")),
+    Case("te-8", functools.partial(ours, "transformer_engine", 8)),
     Case("te-32", functools.partial(ours, "transformer_engine", 32)),
     Case("local-16", functools.partial(ours, "local", 16)),
 ]
 
 if __name__ == "__main__":
-    run("encoder", __doc__ or "", CASES, ratios)
+    run("vit", __doc__ or "", CASES, ratios)
