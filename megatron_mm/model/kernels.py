@@ -17,6 +17,9 @@ from megatron_mm.parallel.backend import on_gpu
 
 # FP8 matrix products need Ada or Hopper (8.9), blocks of scales Hopper (9.0), MX formats Blackwell (10.0).
 _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# With one scale a tensor, gradients need the range of e5m2 (hybrid); with one a block e4m3 has enough of it
+# (Transformer Engine's own choices).
+_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:
@@ -85,7 +88,7 @@ def fusions(config: RunConfig) -> dict[str, Any]:
         "cross_entropy_loss_fusion": te,
         "moe_permute_fusion": te,
         "moe_grouped_gemm": te,
-        "fp8": "hybrid" if config.training.fp8 else None,  # e4m3 forward, e5m2 backward
+        "fp8": _FORMAT.get(config.training.fp8 or ""),
         "fp8_recipe": config.training.fp8 or "delayed",
         # The longer history steadies the delayed recipe's scales (Megatron-LM's own runs use it too).
         "fp8_amax_history_len": 1024,

@@ -16,6 +16,8 @@ MODEL: dict[str, Any] = {
         "num_query_groups": 2, "ffn_hidden_size": 128, "vocab_size": 128,
     },
 }  # fmt: skip
+# To be cut where 3 heads in the encoder and 2 groups in the decoder cannot.
+MORE_HEADS = {"vision": {"num_attention_heads": 4}, "decoder": {"num_query_groups": 4}}
 MOE = {"num_experts": 4, "topk": 2, "layer_freq": 2}
 
 
@@ -24,23 +26,19 @@ def write_config(
     run_dir: Path,
     parallel: dict[str, Any],
     moe: bool = False,
-    more_heads: bool = False,
+    vision: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
     **training: Any,
 ) -> Path:
-    """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2. more_heads: 4 in the
-    encoder and 4 groups in the decoder, to be cut where 3 and 2 cannot."""
+    """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2."""
     tokenizer = path.with_name("tokenizer.model")
     tokenizer.write_bytes(b"not read by these tests")
     config = {
         "run_dir": str(run_dir),
         "model": {
             **MODEL,
-            "vision": {**MODEL["vision"], **({"num_attention_heads": 4} if more_heads else {})},
-            "decoder": {
-                **MODEL["decoder"],
-                **({"num_query_groups": 4} if more_heads else {}),
-                "moe": MOE if moe else None,
-            },
+            "vision": {**MODEL["vision"], **(vision or {})},
+            "decoder": {**MODEL["decoder"], **(decoder or {}), "moe": MOE if moe else None},
         },
         "parallel": parallel,
         "data": {"tokenizer": str(tokenizer), "sources": [{"path": "none", "weight": 1}], "seq_length": 48},

@@ -9,7 +9,7 @@ import yaml
 from megatron_mm.config import RunConfig, check_layout, load_config
 from megatron_mm.planning.measure import measure
 from megatron_mm.planning.memory import StageMemory, stage_memory
-from tests.parallel.recipes import write_config
+from tests.parallel.recipes import MORE_HEADS, write_config
 from tests.ranks import ROOT, run_ranks
 
 RANKS = 2
@@ -19,7 +19,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP, bf16": {"parallel": SP, "precision": "bf16"},
     "TP2, encoder cut": {
         "parallel": {"tensor_model_parallel_size": 2, "vision_tensor_parallel": True},
-        "more_heads": True,
+        **MORE_HEADS,
     },
     "PP2, uneven": {"parallel": {**PP, "first_pipeline_stage_layers": 1}},
     "PP2, virtual": {"parallel": {**PP, "virtual_pipeline_model_parallel_size": 2}},

@@ -42,6 +42,12 @@ def test_auto_is_local_without_a_gpu(tmp_path):
     assert switches["fp8"] is None
 
 
+@pytest.mark.parametrize(("recipe", "number"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")])
+def test_the_recipe_sets_the_format_of_numbers(recipe, number):
+    switches = fusions(load_config(MM1_3B, [f"training.fp8={recipe}"]))
+    assert (switches["fp8"], switches["fp8_recipe"]) == (number, recipe)
+
+
 def test_fp8_goes_with_bf16(tmp_path):
     with pytest.raises(UserError, match="goes with bf16"):
         config(tmp_path, "training.fp8=delayed", "training.precision=fp32")
