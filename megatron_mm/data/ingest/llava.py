@@ -36,7 +36,6 @@ TURN_END = "\n"
 MARK = "<image>"
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_PICTURES_SHARE = 64  # of a record's bytes nearly all are its picture's, which lies elsewhere: lines are cut that finer
 
 
 class LLaVA:
@@ -58,7 +57,7 @@ class LLaVA:
         return chunks
 
     def _line_chunks(self, path: Path) -> list[Chunk]:
-        return line_chunks([path], max(1, self.chunk_bytes // _PICTURES_SHARE))
+        return line_chunks([path], self.chunk_bytes, lambda line: len(_names_in(line)))
 
     def _array_chunks(self, path: Path) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -97,11 +96,15 @@ def _records(chunk: Chunk) -> Iterator[tuple[str, bytes] | BadRecord]:
 def _names(chunk: Chunk) -> Iterator[str]:
     """Files that the records of a chunk name."""
     for item in _records(chunk):
-        try:
-            if not isinstance(item, BadRecord):
-                yield from _images(json_object(item[1]))
-        except FieldError:
-            continue
+        if not isinstance(item, BadRecord):
+            yield from _names_in(item[1])
+
+
+def _names_in(record: bytes) -> list[str]:
+    try:
+        return _images(json_object(record))
+    except FieldError:
+        return []
 
 
 def _images(record: dict[str, Any]) -> list[str]:

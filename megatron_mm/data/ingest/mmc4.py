@@ -21,10 +21,6 @@ from megatron_mm.data.ingest.fields import FieldError, json_object, records, tex
 from megatron_mm.data.ingest.lines import line_chunks, read_lines
 from megatron_mm.data.ingest.wording import document_parts
 
-_PICTURES_SHARE = (
-    32  # of a document's bytes nearly all are its pictures', which lie elsewhere: lines are cut that finer
-)
-
 
 class MMC4:
     """The format above. A chunk is a range of bytes."""
@@ -32,11 +28,11 @@ class MMC4:
     name = "mmc4"
     kinds: tuple[Kind, ...] = ("interleaved",)
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES // _PICTURES_SHARE) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.chunk_bytes = chunk_bytes
 
     def chunks(self, paths: Sequence[Path]) -> list[Chunk]:
-        chunks = line_chunks(paths, self.chunk_bytes)
+        chunks = line_chunks(paths, self.chunk_bytes, lambda line: len(list(_names_in(line))))
         for path, first in {chunk.path: chunk for chunk in reversed(chunks)}.items():
             check_pictures(path, _names(first))
         return chunks
@@ -49,16 +45,26 @@ class MMC4:
 def _names(chunk: Chunk) -> Iterator[str]:
     """Files that the records of a chunk name; none from the first record on that holds its pictures itself."""
     for line in read_lines(chunk):
-        try:
-            images = json_object(line[1]).get("image_info") if not isinstance(line, BadRecord) else ()
-        except FieldError:
+        if isinstance(line, BadRecord):
             continue
-        for image in images if isinstance(images, list) else ():
-            if isinstance(image, dict):
-                if "image_base64" in image:
-                    return
-                if isinstance(image.get("image_name"), str):
-                    yield image["image_name"]
+        if any("image_base64" in image for image in _images(line[1])):
+            return
+        yield from _names_in(line[1])
+
+
+def _names_in(line: bytes) -> Iterator[str]:
+    for image in _images(line):
+        if "image_base64" not in image and isinstance(image.get("image_name"), str):
+            yield image["image_name"]
+
+
+def _images(line: bytes) -> list[dict[str, Any]]:
+    """What a line gives as images, none where it is no record."""
+    try:
+        images = json_object(line).get("image_info")
+    except FieldError:
+        return []
+    return [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
 
 
 def _list(record: dict[str, Any], name: str) -> list[Any]:

@@ -144,6 +144,15 @@ def test_borders_of_any_list(folder, records, indent, mark, block):
     assert found == records
 
 
+def test_chunks_of_lines_count_the_pictures(folder):
+    path = folder / "beside.jsonl"
+    (folder / "x.jpg").touch()
+    path.write_text("".join(json.dumps(talk("<image>", str(i), image="x.jpg")) + "\n" for i in range(100)))
+    chunks = LLaVA(10 * PICTURE_BYTES).chunks([path])
+    assert 9 <= len(chunks) <= 11
+    assert sum(chunk.bytes for chunk in chunks) == pytest.approx(100 * PICTURE_BYTES, rel=0.01)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 10))
 def test_chunks_tile_the_list(folder, records, step):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mm.data.ingest import BadRecord, Picture, Record, Text
+from megatron_mm.data.ingest.beside import PICTURE_BYTES
 from megatron_mm.data.ingest.mmc4 import MMC4
 from megatron_mm.errors import UserError
 from tests.unit.data.conftest import write_jsonl
@@ -104,6 +105,13 @@ def test_as_published(folder):
         archive.writestr("2.jsonl", "{}")
     with pytest.raises(UserError, match="holds 2"):
         FORM.chunks([path])
+
+
+def test_chunks_count_the_pictures_beside_the_list(folder):
+    path = write_jsonl(folder / "beside.jsonl", [line([f"{i}."], picture("a.jpg", 0)) for i in range(100)])
+    chunks = MMC4(10 * PICTURE_BYTES).chunks([path])
+    assert 9 <= len(chunks) <= 11
+    assert sum(chunk.bytes for chunk in chunks) == pytest.approx(100 * PICTURE_BYTES, rel=0.01)
 
 
 def test_chunks_tile_the_input(folder):
