@@ -5,7 +5,7 @@ The figures below are those of arXiv 2403.09611, as docs/recipes.md lists them, 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,14 +39,21 @@ class Paper:
     vision: tuple[int, int, int, int] = (32, 1280, 16, 378)  # layers, width, heads, pixels
 
 
+VIT_L = (24, 1024, 16, 336)
 PAPER = {
+    "mm1-9m": Paper(0.009, 6.75e-4, 6.75e-4, vision=VIT_L),
+    "mm1-85m": Paper(0.085, 2.62e-4, 2.62e-4, vision=VIT_L),
+    "mm1-302m": Paper(0.302, 1.54e-4, 1.54e-4, vision=VIT_L),
+    "mm1-ablation": Paper(1.2, 8.58e-5, 8.58e-5, vision=VIT_L),
     "mm1-3b": Paper(2.9, 6e-5, 5.92e-5),
     "mm1-7b": Paper(6.4, 4e-5, 4.24e-5),
     "mm1-30b": Paper(30.0, 2e-5, 2.21e-5),
     "mm1-3b-moe": Paper(2.9, 6e-5, 5.92e-5, 64.0, 64, 2),
     "mm1-7b-moe": Paper(6.4, 4e-5, 4.24e-5, 47.0, 32, 4),
-    "mm1-ablation": Paper(1.2, 8.58e-5, 8.58e-5, vision=(24, 1024, 16, 336)),
 }
+# The sizes of the learning-rate law are the ablations' base with another decoder: they have its parts and its twin.
+TWINS = {name: "mm1-ablation" if name in ("mm1-9m", "mm1-85m", "mm1-302m") else name for name in PAPER}
+TWIN_RANKS = {"mm1-ablation": 2, "mm1-3b": 2, "mm1-7b": 2, "mm1-30b": 4, "mm1-3b-moe": 4, "mm1-7b-moe": 4}
 
 
 def recipe(name: str) -> RunConfig:
@@ -54,10 +61,11 @@ def recipe(name: str) -> RunConfig:
 
 
 def test_every_recipe_is_held_to_the_paper() -> None:
-    assert {p.stem for p in RECIPES.glob("*.yaml")} == {p.stem for p in RECIPES.glob("tiny/*.yaml")} == PAPER.keys()
+    assert {p.stem for p in RECIPES.glob("*.yaml")} == PAPER.keys()
+    assert {p.stem for p in RECIPES.glob("tiny/*.yaml")} == set(TWINS.values()) == TWIN_RANKS.keys()
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, *(f"tiny/{name}" for name in TWIN_RANKS)])
 def test_resolved_config_is_golden(name: str) -> None:
     """Whatever changes a recipe, a default among them, shows as a diff. Renew with: python -m tests.test_recipes"""
     assert dump_yaml(recipe(name)) == (GOLDEN / f"{name}.yaml").read_text()
@@ -82,7 +90,8 @@ def test_model_is_the_papers(name: str) -> None:
         assert decoder == pytest.approx(paper.total, rel=0.02 if name == "mm1-3b-moe" else 0.15)
         dense = recipe(name.removesuffix("-moe"))
         assert moe_layers(d) == d.num_layers // paper.every
-        assert (dense.optimizer, dense.training, dense.data) == (config.optimizer, config.training, config.data)
+        training = replace(dense.training, micro_batch_size=config.training.micro_batch_size)  # ours, as the layout
+        assert (dense.optimizer, training, dense.data) == (config.optimizer, config.training, config.data)
         assert dense.model.vision == v
     else:
         assert d.moe is None
@@ -111,19 +120,20 @@ def test_training_is_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "gpus"),
-    [("mm1-3b", 64), ("mm1-7b", 128), ("mm1-30b", 256), ("mm1-30b", 512), ("mm1-3b-moe", 64), ("mm1-7b-moe", 128),
-     ("mm1-ablation", 32)],
+    [("mm1-9m", 1), ("mm1-9m", 8), ("mm1-85m", 8), ("mm1-302m", 8), ("mm1-ablation", 32), ("mm1-3b", 64),
+     ("mm1-7b", 128), ("mm1-30b", 256), ("mm1-30b", 512), ("mm1-3b-moe", 64), ("mm1-7b-moe", 128)],
 )  # fmt: skip
 def test_layout_divides(name: str, gpus: int) -> None:
-    assert check_layout(recipe(name), gpus) >= 1
-
-
-TINY_RANKS = {"mm1-3b": 2, "mm1-7b": 2, "mm1-30b": 4, "mm1-3b-moe": 4, "mm1-7b-moe": 4, "mm1-ablation": 2}
+    config = recipe(name)
+    assert check_layout(config, gpus) >= 1
+    assert config.parallel.distributed_optimizer
+    assert config.parallel.overlap_grad_reduce
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_tiny_twin_has_the_same_parts(name: str) -> None:
-    big, tiny = recipe(name), load_config(RECIPES / f"tiny/{name}.yaml")
+    twin = TWINS[name]
+    big, tiny = recipe(name), recipe(f"tiny/{twin}")
 
     def kinds(config: RunConfig) -> tuple:
         m, p, d = config.model, config.parallel, config.model.decoder
@@ -137,12 +147,12 @@ def test_tiny_twin_has_the_same_parts(name: str) -> None:
         )  # fmt: skip
 
     assert kinds(big) == kinds(tiny)
-    whole = re.search(r"on (\d) CPU rank", (RECIPES / f"tiny/{name}.yaml").read_text())
+    whole = re.search(r"on (\d) CPU rank", (RECIPES / f"tiny/{twin}.yaml").read_text())
     assert whole is not None
-    assert int(whole[1]) == TINY_RANKS[name]
+    assert int(whole[1]) == TWIN_RANKS[twin]
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", TWIN_RANKS)
 def test_tiny_twin_trains(name: str, data: Path, tmp_path: Path) -> None:
     tiny_data(data)
     overrides = [
@@ -151,14 +161,14 @@ def test_tiny_twin_trains(name: str, data: Path, tmp_path: Path) -> None:
         "training.steps=8", "optimizer.warmup_steps=2", "training.validation_interval=0",
     ]  # fmt: skip
     config = str(RECIPES / f"tiny/{name}.yaml")
-    run_ranks(TINY_RANKS[name], ["-m", "megatron_mm.train", "--config", config, *overrides], tmp_path / "logs")
+    run_ranks(TWIN_RANKS[name], ["-m", "megatron_mm.train", "--config", config, *overrides], tmp_path / "logs")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.3
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(parents=True, exist_ok=True)
-    for each in PAPER:
+    (GOLDEN / "tiny").mkdir(parents=True, exist_ok=True)
+    for each in (*PAPER, *(f"tiny/{name}" for name in TWIN_RANKS)):
         (GOLDEN / f"{each}.yaml").write_text(dump_yaml(recipe(each)))
     assert yaml.safe_load((GOLDEN / "mm1-3b.yaml").read_text())

@@ -1,1 +1,1 @@
-"""The model: ViT encoder, C-Abstractor, Megatron-Core decoder, and their composition. It knows nothing of files."""
+"""The model: ViT encoder, connector, Megatron-Core decoder, and their composition. It knows nothing of files."""
