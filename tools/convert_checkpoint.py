@@ -5,13 +5,14 @@
     python tools/convert_checkpoint.py upcycle --checkpoint runs/x --config moe.yaml --output init/moe
 
 `to-hf` takes a checkpoint's folder, or a run's folder and its newest checkpoint. `from-hf` writes a checkpoint at
-step 0, without optimizer state, for a run whose config describes the same model: from a folder that `to-hf` made, or
-from open weights of an encoder (CLIP, SigLIP, DINOv2, at any resolution) or of a decoder (Llama, Mistral, Qwen3,
+step 0, without optimizer state, for a run whose config describes the same model, at any resolution: from a folder that
+`to-hf` made, or from open weights of an encoder (CLIP, SigLIP, DINOv2) or of a decoder (Llama, Mistral, Qwen3,
 Qwen3-MoE, Mixtral). `upcycle` copies each FFN of a dense checkpoint into all experts of its layer. Runs start from such
 checkpoints by `checkpoint.init_from`; several may be named, an encoder's and a decoder's for instance.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_mm.config import load_config
@@ -27,7 +28,7 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def from_hf(args: argparse.Namespace) -> None:
     from megatron_mm.data.tokenizer import find_tokenizer
-    from megatron_mm.hf.importer import check_same_model, import_hf, is_export
+    from megatron_mm.hf.importer import check_same_model, import_hf, is_export, read_config
     from megatron_mm.hf.pretrained import import_pretrained
     from megatron_mm.training.checkpoint_files import write_tensors
 
@@ -37,8 +38,11 @@ def from_hf(args: argparse.Namespace) -> None:
         print(f"{args.model} → {args.output}")
         return
     check_same_model(args.model, config)
-    write_tensors(args.output, config, import_hf(args.model), {"samples": 0}, find_tokenizer(args.model))
-    print(f"{args.model} → {args.output}")
+    grids = [read_config(args.model).grid, config.model.vision.grid]
+    tensors = import_hf(args.model, config.model.vision)
+    write_tensors(args.output, config, tensors, {"samples": 0}, find_tokenizer(args.model))
+    note = "; positions interpolated from a grid of {0} × {0} to {1} × {1}".format(*grids)
+    print(f"{args.model} → {args.output}{note if grids[0] != grids[1] else ''}")
 
 
 def upcycle(args: argparse.Namespace) -> None:
@@ -47,11 +51,11 @@ def upcycle(args: argparse.Namespace) -> None:
     from megatron_mm.training.upcycling import check_upcycling
     from megatron_mm.training.upcycling import upcycle as experts_of
 
-    if args.noise < 0:
+    if not 0 <= args.noise < math.inf:  # nor nan
         raise UserError("out of range", where="--noise", found=args.noise, allowed="0 or more")
     checkpoint = find_checkpoint(args.checkpoint)
     reader, config = CheckpointReader(checkpoint), load_config(args.config)
-    check_upcycling(reader.config, config)
+    check_upcycling(reader.config, config, args.optimizer)
     write_tensors(
         args.output,
         config,

@@ -8,17 +8,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, VisionConfig
 from megatron_mm.data.tokenizer import find_tokenizer, open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.configuration import MegatronMMConfig
 from megatron_mm.hf.exporter import hf_config
 from megatron_mm.hf.mapping import rules
+from megatron_mm.model.positions import fit_grid
 
-# What the forward pass depends on. The other fields say how weights were drawn or how long sequences were.
+# What the forward pass depends on. The other fields say how weights were drawn, how long sequences were, and the
+# resolution, which may change.
 _SHAPE_FIELDS = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size hidden_act rms_norm_eps layer_norm_eps rope_parameters image_size patch_size num_experts "
+    "vocab_size hidden_act rms_norm_eps layer_norm_eps rope_parameters patch_size num_experts "
     "mlp_ratio num_experts_per_tok moe_intermediate_size decoder_sparse_step tie_word_embeddings".split()
 )
 
@@ -46,16 +48,21 @@ def is_export(folder: str | Path) -> bool:
         return False
 
 
-def import_hf(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each Megatron tensor, one at a time. Raises UserError for what is missing or unreadable."""
+def import_hf(folder: str | Path, vision: VisionConfig | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each Megatron tensor, one at a time. Raises UserError for what is missing or unreadable.
+
+    Args:
+        vision: positions are interpolated where its resolution is not the folder's.
+    """
     table = rules(read_config(folder))
     tensors = FolderReader(Path(folder))
     for rule in table:
-        yield rule.megatron, rule.join([tensors[name] for name in rule.hf])
+        value = rule.join([tensors[name] for name in rule.hf])
+        yield rule.megatron, value if vision is None else fit_grid(rule.megatron, value, vision)
 
 
 def check_same_model(folder: str | Path, run: RunConfig) -> None:
-    """Raise UserError where the run's model is not the folder's."""
+    """Raise UserError where the run's model is not the folder's, its resolution aside."""
     found = read_config(folder)
     wanted = hf_config(run.model, open_tokenizer(find_tokenizer(folder)), run.data.seq_length)
     faults = [
@@ -74,6 +81,8 @@ def check_same_model(folder: str | Path, run: RunConfig) -> None:
                     "image_token_id",
                 ),
             ),
+            # A token of this kind stands for grid² / tokens patches side by side, which its weights are made for.
+            ("", ("grid",) if wanted.connector_kind == "pixel_shuffle_mlp" else ()),
         )
         for field in fields
         if (a := _field(found, part, field)) != (b := _field(wanted, part, field))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -20,6 +19,7 @@ from megatron_mm.hf.configuration import MegatronMMConfig
 from megatron_mm.hf.exporter import text_config, vision_config
 from megatron_mm.hf.importer import FolderReader
 from megatron_mm.hf.mapping import decoder_rules, vision_rules
+from megatron_mm.model.positions import fit_grid
 
 _VISION = {
     "clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip",
@@ -91,9 +91,7 @@ def _encoder(folder: str | Path, found: PreTrainedConfig, vision: VisionConfig) 
     built = vision_config(vision, 0.02)
     for rule in vision_rules(built, vision.has_final_norm, tower="tower"):
         value = rule.join([tensors[name.removeprefix("tower.")] for name in rule.hf])
-        if rule.megatron == "vision.position_embeddings.weight":
-            value = interpolate_positions(value, vision.grid, vision.shape.class_token)
-        yield rule.megatron, value
+        yield rule.megatron, fit_grid(rule.megatron, value, vision)
 
 
 def _fold_layer_scales(tensors: dict[str, Tensor], layers: int) -> None:
@@ -105,18 +103,6 @@ def _fold_layer_scales(tensors: dict[str, Tensor], layers: int) -> None:
                 name = f"encoder.layer.{i}.{linear}.{kind}"
                 value = tensors[name]
                 tensors[name] = (factor.view(-1, *[1] * (value.ndim - 1)) * value.float()).to(value.dtype)
-
-
-def interpolate_positions(positions: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Position embeddings [class token + old grid², h] for another grid: bicubic, as the library's
-    `interpolate_pos_encoding`; the class token's stays."""
-    first, patches = positions[: int(class_token)], positions[int(class_token) :]
-    old = round(len(patches) ** 0.5)
-    if old == grid:
-        return positions
-    square = patches.float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    scaled = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([first, scaled[0].flatten(1).T.to(positions.dtype)])
 
 
 def _decoder(folder: str | Path, found: PreTrainedConfig, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:

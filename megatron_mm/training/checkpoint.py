@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mm.config import RunConfig, config_to_dict
+from megatron_mm.config import RunConfig
 from megatron_mm.errors import UserError
 from megatron_mm.model.sharding import Piece
 from megatron_mm.parallel.topology import all_max
@@ -41,15 +41,16 @@ from megatron_mm.training.checkpoint_files import (
     write_tensors,
 )
 from megatron_mm.training.optimizer import set_adam_step, state_parts
+from megatron_mm.training.same_run import check_same_run
 
 if TYPE_CHECKING:
     from megatron_mm.training.step import Trainer
 
-__all__ = ["CheckpointReader", "Checkpointer", "latest", "load_weights", "read_tensors", "write_tensors"]
+__all__ = ["CheckpointReader", "Checkpointer", "latest", "read_tensors", "write_tensors"]
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """A live part of the training state and its place in a global tensor."""
 
     name: str
@@ -88,12 +89,12 @@ def flat_range_boxes(
         yield at + last * row, (last, *offset), (1, *box)
 
 
-def _model_boxes(model_pieces: list[Piece]) -> Iterator[_Box]:
+def model_boxes(model_pieces: list[Piece]) -> Iterator[Box]:
     for piece in model_pieces:
-        yield _Box(piece.name, piece.offset, piece.global_shape, piece.view(piece.parameter.data.view(-1)))
+        yield Box(piece.name, piece.offset, piece.global_shape, piece.view(piece.parameter.data.view(-1)))
 
 
-def _state_boxes(trainer: "Trainer", model_pieces: list[Piece]) -> Iterator[_Box]:
+def state_boxes(trainer: "Trainer", model_pieces: list[Piece]) -> Iterator[Box]:
     by_parameter: dict[int, list[Piece]] = {}
     for piece in model_pieces:
         by_parameter.setdefault(id(piece.parameter), []).append(piece)
@@ -106,7 +107,7 @@ def _state_boxes(trainer: "Trainer", model_pieces: list[Piece]) -> Iterator[_Box
                 count = torch.Size(shape).numel()
                 for kind, tensor in part.tensors.items():
                     view = tensor[in_part : in_part + count].view(shape)
-                    yield _Box(f"{kind}/{piece.name}", place, piece.global_shape, view)
+                    yield Box(f"{kind}/{piece.name}", place, piece.global_shape, view)
 
 
 class Checkpointer:
@@ -115,18 +116,18 @@ class Checkpointer:
     def __init__(self, config: RunConfig, trainer: "Trainer", tokenizer: Path) -> None:
         self.config, self.trainer, self.tokenizer = config, trainer, tokenizer
         self.root = Path(config.run_dir) / "checkpoints"
-        self._plan: tuple[list[_Box], dict[str, Any]] | None = None
+        self._plan: tuple[list[Box], dict[str, Any]] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._pending_step = 0
 
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _boxes(self) -> list[_Box]:
+    def _boxes(self) -> list[Box]:
         model_pieces = list(self.trainer.pieces())
-        return [*_model_boxes(model_pieces), *_state_boxes(self.trainer, model_pieces)]
+        return [*model_boxes(model_pieces), *state_boxes(self.trainer, model_pieces)]
 
-    def _make_plan(self) -> tuple[list[_Box], dict[str, Any]]:
+    def _make_plan(self) -> tuple[list[Box], dict[str, Any]]:
         """Which boxes this rank writes, and the index of all tensors. Made once: tensors stay in place in a run."""
         boxes = {box.key: box for box in self._boxes()}
         mine = [
@@ -141,7 +142,7 @@ class Checkpointer:
                 holders.setdefault(key, ([], tuple(rest)))[0].append(rank)
         load = [0] * len(everyone)
         tensors: dict[str, dict[str, Any]] = {}
-        write: list[_Box] = []
+        write: list[Box] = []
         for key, (ranks, (name, offset, shape, global_shape, dtype)) in sorted(holders.items()):
             writer = min(ranks, key=lambda r: load[r])
             load[writer] += torch.Size(shape).numel()
@@ -274,39 +275,28 @@ class Checkpointer:
             if all_max(len(faults)):
                 continue
             reader = read_tensors(directory)
-            together(functools.partial(_check_same_run, reader, self.config))
+            together(functools.partial(self._check_same_run, reader))
             boxes = self._boxes()
             with torch.no_grad():
                 for box in boxes:
-                    box.tensor.copy_(reader.box(box.name, box.offset, tuple(box.tensor.shape)))
+                    name = stored_name(reader, box.name, box.tensor.dtype)
+                    box.tensor.copy_(reader.box(name, box.offset, tuple(box.tensor.shape)))
             set_adam_step(self.trainer.optimizer, reader.step)
             return reader.step
         return 0
 
+    def _check_same_run(self, reader: CheckpointReader) -> None:
+        check_same_run(
+            reader.config, self.config, fault="differs from the run that this folder holds",
+            do=f"keep it, or set another run_dir (with checkpoint.init_from to start from {reader.directory})",
+        )  # fmt: skip
 
-def load_weights(trainer: "Trainer", directories: tuple[str, ...]) -> list[str]:
-    """Start from the weights of other checkpoints; answers with the names that none of them holds.
 
-    Names that several hold come from the last. Shapes must agree.
-    """
-    readers = [read_tensors(d) for d in directories]
-    missing = []
-    with torch.no_grad():
-        for box in _model_boxes(list(trainer.pieces())):
-            holding = [r for r in readers if box.name in r]
-            if not holding:
-                missing.append(box.name)
-                continue
-            found = holding[-1].shape(box.name)
-            if found != box.global_shape:
-                raise UserError(
-                    "the weights have another shape",
-                    where=f"checkpoint.init_from: {holding[-1].directory}: {box.name}",
-                    found=found, allowed=str(box.global_shape), do="make the model's config match the weights",
-                )  # fmt: skip
-            box.tensor.copy_(holding[-1].box(box.name, box.offset, tuple(box.tensor.shape)))
-    trainer.optimizer.reload_model_params()
-    return missing
+def stored_name(reader: CheckpointReader, name: str, dtype: torch.dtype) -> str:
+    """The tensor that a weight `NAME` or a master `main/NAME` of this type is read from: where fp32 is wanted the
+    master if there is one, else the weight. So a run goes on in another precision without losing a digit."""
+    plain = name.removeprefix("main/")
+    return f"main/{plain}" if dtype == torch.float32 and f"main/{plain}" in reader else plain
 
 
 def together(action: Any) -> None:
@@ -330,34 +320,6 @@ def together(action: Any) -> None:
 def agree(question: Any) -> bool:
     """Rank 0's answer, on every rank."""
     return bool(all_max(int(question()) if dist.get_rank() == 0 else 0))
-
-
-# What decides which samples come and what the parameters are. Everything else may change on resume: the layout,
-# the number of steps, learning rates, intervals.
-_FIXED = (
-    "model", "data.sources", "data.seq_length", "data.max_images", "data.block_attention", "data.validation_fraction",
-    "training.seed", "training.global_batch_size",
-)  # fmt: skip
-
-
-def _check_same_run(reader: CheckpointReader, config: RunConfig) -> None:
-    def value(of: RunConfig, name: str) -> Any:
-        data: Any = config_to_dict(of)
-        for part in name.split("."):
-            data = data[part]
-        return [{k: v for k, v in s.items() if k != "path"} for s in data] if name == "data.sources" else data
-
-    saved = reader.config
-    for name in _FIXED:
-        before, now = value(saved, name), value(config, name)
-        if before != now:
-            if isinstance(before, dict):
-                changed = [k for k in before if before[k] != now.get(k)]
-                before, now = {k: before[k] for k in changed}, {k: now.get(k) for k in changed}
-            raise UserError(
-                "differs from the run that this folder holds", where=name, found=now, allowed=str(before),
-                do=f"keep it, or set another run_dir (with checkpoint.init_from to start from {reader.directory})",
-            )  # fmt: skip
 
 
 def _file(rank: int) -> str:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,8 @@ def write_tensors(
     if directory.exists():
         raise UserError("already there", where=str(directory), do="remove it, or name another folder")
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+    if temporary.exists():
+        raise UserError("already there", where=str(temporary), do="remove it: a process that was killed left it")
     temporary.mkdir(parents=True)
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     entries: dict[str, dict[str, Any]] = {}
@@ -248,15 +251,19 @@ def write_tensors(
         files[name] = write_tensor_file(temporary / name, held)
         held.clear()
 
-    for name, tensor in items:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > max_file_bytes:
-            flush()
-        entries[name] = tensor_entry(tensor.dtype, tensor.shape)
-        box = {"file": f"rank-{len(files):05d}.safetensors", "key": name, "offset": [0] * tensor.ndim}
-        entries[name]["boxes"].append({**box, "shape": list(tensor.shape)})
-        held[name] = tensor.contiguous()
-    flush()
-    finish(temporary, directory, build_index(step, entries, files, extra or {}), config, tokenizer)
+    try:
+        for name, tensor in items:
+            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > max_file_bytes:
+                flush()
+            entries[name] = tensor_entry(tensor.dtype, tensor.shape)
+            box = {"file": f"rank-{len(files):05d}.safetensors", "key": name, "offset": [0] * tensor.ndim}
+            entries[name]["boxes"].append({**box, "shape": list(tensor.shape)})
+            held[name] = tensor.contiguous()
+        flush()
+        finish(temporary, directory, build_index(step, entries, files, extra or {}), config, tokenizer)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def finish(temporary: Path, directory: Path, index: dict[str, Any], config: RunConfig, tokenizer: Path | None) -> None:

@@ -11,7 +11,8 @@ from megatron_mm.data.loader import TrainingData
 from megatron_mm.model.kernels import check_kernels
 from megatron_mm.parallel.launch import Launch
 from megatron_mm.parallel.topology import Topology, all_max, initialize, meet, once_a_node, shut_down
-from megatron_mm.training.checkpoint import Checkpointer, load_weights, together
+from megatron_mm.training.checkpoint import Checkpointer, together
+from megatron_mm.training.initial_weights import load_weights
 from megatron_mm.training.optimizer import peak_learning_rates
 from megatron_mm.training.resilience import StopSignal, write_outcome
 from megatron_mm.training.step import Trainer
@@ -46,9 +47,7 @@ def _train(config: RunConfig, topology: Topology, stop: StopSignal) -> None:
     if done:
         telemetry.say(f"resumed after step {done}")
     elif config.checkpoint.init_from:
-        kept: list[str] = []
-        together(lambda: kept.extend(load_weights(trainer, config.checkpoint.init_from)))
-        telemetry.say(f"weights from {', '.join(config.checkpoint.init_from)}; {len(kept)} tensors start at random")
+        telemetry.say(load_weights(trainer, config.checkpoint.init_from).report())
     if main:
         _write_config(config)
     telemetry.say(_summary(config, topology, trainer))

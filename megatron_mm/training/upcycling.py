@@ -17,12 +17,14 @@ from megatron_mm.config import DecoderConfig, RunConfig
 from megatron_mm.errors import UserError
 from megatron_mm.model.seeding import normal
 from megatron_mm.training.checkpoint_files import OPTIMIZER_PREFIXES, CheckpointReader
+from megatron_mm.training.same_run import check_same_run
 
 _MATRICES = ("linear_fc1", "linear_fc2")
 
 
-def check_upcycling(dense: RunConfig, sparse: RunConfig) -> None:
-    """Raises UserError unless the sparse run's model is the dense one's with experts in place of FFNs."""
+def check_upcycling(dense: RunConfig, sparse: RunConfig, with_optimizer: bool = False) -> None:
+    """Raises UserError unless the sparse run's model is the dense one's with experts in place of FFNs and, with the
+    optimizer's state, the sparse run goes on with the samples that the dense one would have seen."""
     if dense.model.decoder.moe is not None:
         raise UserError("the checkpoint has experts already", where="model.decoder.moe", found=dense.model.decoder.moe)
     moe = sparse.model.decoder.moe
@@ -43,6 +45,11 @@ def check_upcycling(dense: RunConfig, sparse: RunConfig) -> None:
                     "differs from the dense model", where=f"model.{part}.{name}", found=getattr(now, name),
                     allowed=str(getattr(before, name)),
                 )  # fmt: skip
+    if with_optimizer:
+        check_same_run(
+            dense, sparse, fault="differs from the dense run", experts_may_differ=True,
+            do="keep it, or leave out --optimizer and start a new run with checkpoint.init_from",
+        )  # fmt: skip
 
 
 def upcycle(
@@ -56,7 +63,7 @@ def upcycle(
             experts apart from the start, at the price of the equality with the dense model.
         with_optimizer: the moments and fp32 masters too.
     """
-    check_upcycling(reader.config, sparse)
+    check_upcycling(reader.config, sparse, with_optimizer)
     for name in reader.index["tensors"]:
         prefix = next((p for p in OPTIMIZER_PREFIXES if name.startswith(p)), "")
         if prefix and not with_optimizer:

@@ -1,7 +1,11 @@
 """Sparse upcycling: right after it the model with experts computes what the dense one did, in any layout."""
 
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +13,11 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 import megatron_mm.hf  # noqa: F401 (registers the classes)
+from megatron_mm.config import config_from_dict
+from megatron_mm.errors import UserError
 from megatron_mm.training.checkpoint_files import CheckpointReader, step_directory
+from megatron_mm.training.same_run import check_same_run
+from megatron_mm.training.upcycling import check_upcycling
 from tests.parallel.recipes import MOE
 from tests.parallel.test_checkpoints import EP2_TP2, SCRIPT, TP2_PP2, train
 from tests.ranks import ROOT, run_ranks
@@ -107,6 +115,31 @@ def test_logits_equal_the_dense_models(data: Path, tmp_path: Path) -> None:
     assert (noisy - dense).abs().max() > 1e-3
 
 
+def sparse_config(folder: Path, change: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The dense run's with experts, and other fields of some sections."""
+    config = yaml.safe_load((folder / "dense.yaml").read_text())
+    config["parallel"] = {}
+    config["model"]["decoder"]["moe"] = MOE
+    for name, fields in change.items():
+        section = config["model"]["decoder"] if name == "decoder" else config[name]
+        section.update(fields)
+    return config
+
+
+def refused(folder: Path, tmp_path: Path, change: dict[str, dict[str, Any]], *options: str) -> str:
+    """The command's error; nothing may be left of it."""
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(sparse_config(folder, change)))
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/convert_checkpoint.py", "upcycle", "--checkpoint", folder / "dense",
+         "--config", tmp_path / "moe.yaml", "--output", tmp_path / "out", *options],
+        capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "where"),
     [
@@ -115,19 +148,63 @@ def test_logits_equal_the_dense_models(data: Path, tmp_path: Path) -> None:
         ({"moe": {**MOE, "ffn_hidden_size": 64}}, "model.decoder.moe.ffn_hidden_size"),
     ],
 )
-def test_another_model_is_refused(dense: Path, tmp_path: Path, change: dict, where: str) -> None:
-    import subprocess
-    import sys
+def test_another_model_is_refused(dense: Path, tmp_path: Path, change: dict[str, Any], where: str) -> None:
+    assert where in refused(dense, tmp_path, {"decoder": change})
 
-    config = yaml.safe_load((dense / "dense.yaml").read_text())
-    config["parallel"] = {}
-    config["model"]["decoder"] = {**config["model"]["decoder"], "moe": MOE, **change}
-    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/convert_checkpoint.py", "upcycle", "--checkpoint", dense / "dense",
-         "--config", tmp_path / "moe.yaml", "--output", tmp_path / "out"],
-        capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert where in done.stderr
-    assert not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("noise", ["nan", "-0.1"])
+def test_noise_is_a_number(dense: Path, tmp_path: Path, noise: str) -> None:
+    assert "--noise: out of range" in refused(dense, tmp_path, {}, f"--noise={noise}")
+
+
+def test_the_command_refuses_other_samples(dense: Path, tmp_path: Path) -> None:
+    text = refused(dense, tmp_path, {"training": {"global_batch_size": 16}}, "--optimizer")
+    assert "training.global_batch_size: differs from the dense run" in text
+    assert "leave out --optimizer" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("training", "global_batch_size", 16),
+        ("training", "seed", 5),
+        ("data", "seq_length", 64),
+        ("data", "max_images", 2),
+        ("data", "block_attention", False),
+        ("data", "sources", [{"path": "none", "weight": 1}, {"path": "more", "weight": 1}]),
+    ],
+)
+def test_the_optimizers_state_goes_on_with_the_same_samples(
+    dense: Path, section: str, field: str, value: object
+) -> None:
+    """Weights alone go into any run."""
+    before = CheckpointReader(step_directory(dense / "dense" / "checkpoints", 2)).config
+    check_upcycling(before, config_from_dict(sparse_config(dense, {})), with_optimizer=True)
+    other = config_from_dict(sparse_config(dense, {section: {field: value}}))
+    check_upcycling(before, other)
+    with pytest.raises(UserError) as caught:
+        check_upcycling(before, other, with_optimizer=True)
+    assert caught.value.where == f"{section}.{field}"
+
+
+def test_a_frozen_part_has_no_state_to_go_on_with(dense: Path) -> None:
+    free = CheckpointReader(step_directory(dense / "dense" / "checkpoints", 2)).config
+    frozen = replace(free, training=replace(free.training, frozen=("vision",)))
+    check_same_run(free, frozen, fault="differs", do="keep it")
+    with pytest.raises(UserError, match=r"training\.frozen: differs: a part that was frozen"):
+        check_same_run(frozen, free, fault="differs", do="keep it")
+
+
+def test_into_another_precision(tmp_path: Path) -> None:
+    """A dense run in fp32, with the optimizer's state into a sparse one in bf16, whose masters are those weights."""
+    train(tmp_path, "dense", 1, {}, "checkpoint.interval=2", steps=2)
+    upcycled(tmp_path, tmp_path, "--optimizer", to="moe/checkpoints/step-00000002")
+    options = ["training.precision=bf16", f"--save-to={tmp_path / 'copy'}"]
+    log = run_ranks(4, [SCRIPT, str(tmp_path / "moe.yaml"), *options], tmp_path / "logs")
+    assert "resumed after step 2" in log
+    dense = CheckpointReader(step_directory(tmp_path / "dense" / "checkpoints", 2))
+    sparse = CheckpointReader(step_directory(tmp_path / "copy", 2))
+    for matrix in (1, 2):
+        wanted = dense.tensor(FFN.format(1, "", matrix))
+        assert all(torch.equal(e, wanted) for e in sparse.tensor("main/" + FFN.format(1, "experts.", matrix)))
+        assert all(torch.equal(e, wanted.bfloat16()) for e in sparse.tensor(FFN.format(1, "experts.", matrix)))

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import megatron_mm.hf  # noqa: F401 (registers the classes)
+from megatron_mm.config import config_from_dict, config_to_dict
 from megatron_mm.data.tokenizer import open_tokenizer
 from megatron_mm.errors import UserError
 from megatron_mm.hf.exporter import export_tensors, hf_config
@@ -220,3 +222,67 @@ def test_import_checks_the_run(exported):
         check_same_model(exported("qwen3 gqa"), run_config("qwen3 gqa", num_query_groups=1))
     with pytest.raises(UserError, match=r"text_config.model_type"):
         check_same_model(exported("qwen3"), run_config("llama"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [20, 36])
+@pytest.mark.parametrize("variant", ["qwen3", "siglip second last", "dinov2", "attention pool", "average pool"])
+def test_an_export_at_another_resolution(variant, size, exported, tokenizer_file, tmp_path):
+    """from-hf and to-hf: the logits are those of the library's own interpolation of positions."""
+    fields = config_to_dict(run_config(variant))
+    fields["model"]["vision"]["image_size"] = size
+    run, grid = config_from_dict(fields), size // 4
+    folder = exported(variant)
+    check_same_model(folder, run)
+    given = dict(import_hf(folder, run.model.vision))
+    before = megatron_tensors(run_config(variant))
+    changed = {name for name, tensor in before.items() if not torch.equal(given[name], tensor)}
+    export_tensors(DictSource(run, given), tokenizer_file, tmp_path / "out")
+    low, high = (
+        AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder, tmp_path / "out")
+    )
+    assert high.config.vision_config.image_size == size
+    interpolate = {} if variant == "dinov2" else {"interpolate_pos_encoding": True}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, size, size, generator=generator)
+    tokens = torch.randint(5, 300, (2, 20), generator=generator)
+    tokens[:, 3:12] = low.config.image_token_id
+    features = low.model.vision_tower(pixels, **interpolate).last_hidden_state[:, -(grid**2) :]
+    module = low.model.connector
+    module.grid = grid
+    if hasattr(module, "position_embedding"):
+        square = module.position_embedding.view(1, 7, 7, -1).permute(0, 3, 1, 2)
+        scaled = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+        module.position_embedding = torch.nn.Parameter(scaled.permute(0, 2, 3, 1).reshape(1, grid**2, -1))
+    embeddings = low.get_input_embeddings()(tokens)
+    embeddings[:, 3:12] = module(features)
+    wanted = low(inputs_embeds=embeddings).logits
+    torch.testing.assert_close(high(input_ids=tokens, pixel_values=pixels).logits, wanted, atol=1e-5, rtol=1e-5)
+    positions = {"vision.position_embeddings.weight", "connector.position_embedding"}
+    assert changed == positions & before.keys()
+
+
+def test_pixel_shuffle_keeps_its_squares(tokenizer_file, tmp_path):
+    """Its weights are made for squares of so many patches."""
+    fields = config_to_dict(run_config())
+    fields["model"]["connector"] |= {"kind": "pixel_shuffle_mlp", "num_tokens": 49}
+    run = config_from_dict(fields)
+    export_tensors(DictSource(run, megatron_tensors(run)), tokenizer_file, tmp_path / "out")
+    check_same_model(tmp_path / "out", run)
+    fields["model"]["vision"]["image_size"] = 56
+    with pytest.raises(UserError, match=r"connector\.grid: 7 in the folder, 14 in the config"):
+        check_same_model(tmp_path / "out", config_from_dict(fields))
+
+
+def test_command_says_that_it_interpolates(checkpoint, tmp_path):
+    assert convert("to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "hf").returncode == 0
+    text = (checkpoint / "config.yaml").read_text()
+    assert "image_size: 28" in text
+    (tmp_path / "high.yaml").write_text(text.replace("image_size: 28", "image_size: 36"))
+    for config, told in ((checkpoint / "config.yaml", False), (tmp_path / "high.yaml", True)):
+        output = tmp_path / f"back-{told}"
+        done = convert("from-hf", "--model", tmp_path / "hf", "--config", config, "--output", output)
+        assert done.returncode == 0, done.stderr
+        assert ("positions interpolated from a grid of 7 × 7 to 9 × 9" in done.stdout) == told
+    assert read_tensors(tmp_path / "back-True").shape("vision.position_embeddings.weight") == (82, 24)

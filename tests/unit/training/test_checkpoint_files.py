@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,34 @@ def test_an_existing_folder_is_never_overwritten(tmp_path: Path, config: RunConf
     with pytest.raises(UserError, match="already there"):
         write_tensors(tmp_path / "step-00000000", config, {"a": torch.zeros(2)})
     assert torch.equal(read_tensors(tmp_path / "step-00000000").tensor("a"), torch.ones(2))
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, config: RunConfig) -> None:
+    """Neither an error while the tensors come nor one while they are written; what others left there stays."""
+
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.ones(100)
+        yield "b", torch.ones(100)
+        raise KeyboardInterrupt
+
+    others = tmp_path / "out.tmp-1"
+    others.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "out", config, failing(), max_file_bytes=300)
+    with pytest.raises(OSError, match=r"none\.model"):
+        write_tensors(tmp_path / "out", config, {"a": torch.ones(2)}, tokenizer=tmp_path / "none.model")
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_leftover_is_not_removed(tmp_path: Path, config: RunConfig) -> None:
+    """It has this process's number, but this process did not make it."""
+    leftover = tmp_path / f"out.tmp-{os.getpid()}"
+    leftover.mkdir()
+    (leftover / "file").write_text("kept")
+    with pytest.raises(UserError, match="already there"):
+        write_tensors(tmp_path / "out", config, {"a": torch.ones(2)})
+    assert (leftover / "file").read_text() == "kept"
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_folders(tmp_path: Path, config: RunConfig) -> None:
