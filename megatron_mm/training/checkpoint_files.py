@@ -14,6 +14,7 @@ Why not Megatron-Core's `torch_dist` files: they hold pickles (`.metadata`, `com
 changes between releases. What lies where is still Megatron-Core's `sharded_state_dict`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -224,6 +225,17 @@ def tensor_entry(tensor_dtype: torch.dtype, shape: Iterable[int]) -> dict[str, A
     return {"dtype": str(tensor_dtype).removeprefix("torch."), "shape": list(shape), "boxes": []}
 
 
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            "the checkpoint could not be written", where=str(directory), found=error,
+            do="see that there is space and permission",
+        ) from None  # fmt: skip
+
+
 def write_tensors(
     directory: str | Path,
     config: RunConfig,
@@ -233,14 +245,19 @@ def write_tensors(
     max_file_bytes: int = 4 << 30,
     step: int = 0,
 ) -> None:
-    """Write global tensors, for instance imported ones, as a checkpoint. One process; atomic."""
+    """Write global tensors, for instance imported ones, as a checkpoint. One process; atomic.
+
+    Raises:
+        UserError: the folder is there already, or cannot be written.
+    """
     directory = Path(directory)
     if directory.exists():
         raise UserError("already there", where=str(directory), do="remove it, or name another folder")
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     if temporary.exists():
         raise UserError("already there", where=str(temporary), do="remove it: a process that was killed left it")
-    temporary.mkdir(parents=True)
+    with _writing(temporary):
+        temporary.mkdir(parents=True)
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     entries: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
@@ -248,7 +265,8 @@ def write_tensors(
 
     def flush() -> None:
         name = f"rank-{len(files):05d}.safetensors"
-        files[name] = write_tensor_file(temporary / name, held)
+        with _writing(temporary):
+            files[name] = write_tensor_file(temporary / name, held)
         held.clear()
 
     try:
@@ -260,7 +278,8 @@ def write_tensors(
             entries[name]["boxes"].append({**box, "shape": list(tensor.shape)})
             held[name] = tensor.contiguous()
         flush()
-        finish(temporary, directory, build_index(step, entries, files, extra or {}), config, tokenizer)
+        with _writing(temporary):
+            finish(temporary, directory, build_index(step, entries, files, extra or {}), config, tokenizer)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,8 +72,15 @@ def test_a_failure_leaves_nothing(tmp_path: Path, config: RunConfig) -> None:
     others.mkdir()
     with pytest.raises(KeyboardInterrupt):
         write_tensors(tmp_path / "out", config, failing(), max_file_bytes=300)
-    with pytest.raises(OSError, match=r"none\.model"):
+    with pytest.raises(UserError, match=r"none\.model"):
         write_tensors(tmp_path / "out", config, {"a": torch.ones(2)}, tokenizer=tmp_path / "none.model")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as if the disk were full
+    try:
+        with pytest.raises(UserError, match="space and permission"):
+            write_tensors(tmp_path / "out", config, {"a": torch.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == [others]
 
 
