@@ -1,14 +1,25 @@
-"""Start a command as several real ranks on this machine, with a limit in time, and kill only what was started."""
+"""Start a command as several real ranks on this machine, with a limit in time, and kill only what was started.
+
+Scripts of the tests are forked from processes that have imported torch and Megatron-Core already (`rank_server.py`).
+Any other command is a process of its own, and all are on a machine with a GPU, which does not survive a fork.
+"""
 
 import contextlib
+import functools
+import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from megatron_mm.parallel.backend import on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,17 +45,80 @@ def rank_environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
-def start_ranks(count: int, command: list[str], log_dir: Path) -> list[subprocess.Popen[bytes]]:
+class _Server:
+    """A running `rank_server.py`."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.process: Any = subprocess.Popen(
+            [sys.executable, "-m", "tests.rank_server"], bufsize=0, cwd=ROOT, env=env, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.codes: dict[int, int] = {}
+
+    def start(self, command: list[str], env: dict[str, str], log: Path) -> "ForkedRank":
+        self.process.stdin.write(json.dumps({"command": command, "env": env, "log": str(log)}).encode() + b"\n")
+        while (pid := self._hear().get("pid")) is None:
+            pass
+        return ForkedRank(self, pid)
+
+    def _hear(self) -> dict[str, int]:
+        line = self.process.stdout.readline()
+        assert line, "the rank server has died"
+        message = json.loads(line)
+        if "ended" in message:
+            self.codes[message["ended"]] = message["code"]
+        return message
+
+    def code(self, pid: int) -> int | None:
+        while pid not in self.codes and select.select([self.process.stdout], [], [], 0)[0]:
+            self._hear()
+        return self.codes.get(pid)
+
+
+class ForkedRank:
+    """What `subprocess.Popen` is for a rank that a server has forked."""
+
+    def __init__(self, server: _Server, pid: int) -> None:
+        self.server, self.pid = server, pid
+
+    def poll(self) -> int | None:
+        return self.server.code(self.pid)
+
+    def wait(self) -> int:
+        while (code := self.poll()) is None:
+            time.sleep(0.01)
+        return code
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+
+Rank = subprocess.Popen[bytes] | ForkedRank
+
+
+@functools.cache
+def _server(rank: int, path: str) -> _Server:
+    """One for each number of a rank, and for each PYTHONPATH: Megatron-Core may come from elsewhere. It ends with this
+    process, which holds its input."""
+    return _Server({**rank_environment(), "PYTHONPATH": path})
+
+
+def start_ranks(count: int, command: list[str], log_dir: Path) -> Sequence[Rank]:
     """Start `python COMMAND` as `count` ranks, as torchrun would; each writes LOG_DIR/rank-N.log."""
     log_dir.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
-    processes = []
+    processes: list[Rank] = []
     for rank in range(count):
         env = rank_environment(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )  # fmt: skip
-        with (log_dir / f"rank-{rank}.log").open("ab") as log:
+        path = log_dir / f"rank-{rank}.log"
+        with path.open("ab") as log:
+            if command[0].endswith(".py") and not on_gpu():
+                processes.append(_server(rank, env["PYTHONPATH"]).start(command, env, path))
+                continue
             processes.append(
                 subprocess.Popen(
                     [sys.executable, *command],
@@ -58,7 +132,7 @@ def start_ranks(count: int, command: list[str], log_dir: Path) -> list[subproces
     return processes
 
 
-def kill_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
+def kill_ranks(processes: Sequence[Rank]) -> None:
     """kill -9 each rank and whatever it started."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
@@ -66,7 +140,7 @@ def kill_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def wait_ranks(processes: list[subprocess.Popen[bytes]], log_dir: Path, timeout: float) -> list[int]:
+def wait_ranks(processes: Sequence[Rank], log_dir: Path, timeout: float) -> list[int | None]:
     """Exit codes. One rank's failure ends the others after a grace; none outlives `timeout` seconds."""
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in processes):
