@@ -61,7 +61,7 @@ quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(DEV_STAMP) $(NEWEST) $(BENCH_STAMP)
-	@echo "all tests, CPU only: about half an hour on 2 cores; the slowest 15 are listed at the end"
+	@echo "all tests, CPU only: about 22 minutes on 2 cores; the slowest 15 are listed at the end"
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-newest-megatron: $(DEV_STAMP) $(NEWEST)
