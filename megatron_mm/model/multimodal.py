@@ -76,6 +76,7 @@ class MultimodalModel(MegatronModule):
         self.borders = uses_transformer_engine(config)
         self.context = mpu.get_context_parallel_group()
         self.images_dealt = not config.parallel.vision_tensor_parallel  # over the tensor-parallel group too
+        self.image_sharers = config.parallel.image_sharers
         self.vision: VisionEncoder | None = None
         self.connector: Connector | None = None
         if pre_process:
@@ -112,9 +113,7 @@ class MultimodalModel(MegatronModule):
         """This rank's share, uint8 [c, 3, H, W] or fewer → all embeddings, [num_images, tokens, hidden]."""
         assert self.vision is not None
         assert self.connector is not None
-        tensor = mpu.get_tensor_model_parallel_group()
-        sharers = self.context.size() * (tensor.size() if self.images_dealt else 1)
-        share = max(1, -(-num_images // sharers))
+        share = max(1, -(-num_images // self.image_sharers))
         missing = share - len(images)
         if missing:
             blank = images.new_zeros((missing, 3, self.image_size, self.image_size))
@@ -122,7 +121,7 @@ class MultimodalModel(MegatronModule):
         embeddings = self.connector(self.vision(images))
         if self.images_dealt:
             # What follows is computed alike on all tensor-parallel ranks, so each has the whole gradient of its share.
-            embeddings = gather_from_sequence_parallel_region(embeddings, False, tensor)
+            embeddings = gather_from_sequence_parallel_region(embeddings, False, mpu.get_tensor_model_parallel_group())
         # Context-parallel ranks use the images in different positions: their gradients are summed on the way back.
         embeddings = gather_from_sequence_parallel_region(embeddings, True, self.context)
         return embeddings[:num_images]

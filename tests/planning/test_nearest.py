@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_mm.config import check_layout, load_config
 from megatron_mm.config.checks import check_consistency
-from megatron_mm.config.nearest import load_for, nearest_layouts
+from megatron_mm.config.files import read_config
+from megatron_mm.config.nearest import first_stage_share, load_for, nearest_layouts
 from megatron_mm.errors import UserError
 from tests.ranks import ROOT
 
@@ -32,6 +33,28 @@ def test_errors_name_what_works(name: str, gpus: int, overrides: list[str], fiel
     assert works in refused.value.do
     for line in refused.value.do.split("ranks:")[1].strip().splitlines():
         assert load_for(RECIPES / f"{name}.yaml", [*overrides, *line.split()], gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mm1-3b", ["parallel.pipeline_model_parallel_size=7"]),
+        ("mm1-30b", ["training.global_batch_size=100"]),
+        ("mm1-7b", ["parallel.tensor_model_parallel_size=3"]),
+    ],
+)
+def test_the_first_stage_gets_no_more_than_its_share(name: str, overrides: list[str]) -> None:
+    """It holds the encoder; and an even split's nearest is not a first stage of one layer."""
+    config = read_config(RECIPES / f"{name}.yaml", overrides)
+    layers, wanted = (
+        config.model.decoder.num_layers,
+        first_stage_share(config.parallel, config.model.decoder.num_layers),
+    )
+    near = nearest_layouts(config, 64)
+    assert near
+    for parallel in near:
+        assert first_stage_share(parallel, layers) <= max(1, wanted)
+    assert abs(first_stage_share(near[0], layers) - wanted) < 0.3
 
 
 def test_where_no_layout_works_the_nearest_numbers_of_ranks_are_named() -> None:

@@ -141,6 +141,23 @@ def test_fp8_in_the_encoder_is_the_encoders_gain() -> None:
     assert fp8.decoder == bf16.decoder
 
 
+def test_precision_and_frozen_parts_show() -> None:
+    bf16, fp32 = (estimate("mm1-3b", 64, f"training.precision={p}").time for p in ("bf16", "fp32"))
+    gpu = GPUS["h100"]
+    assert fp32.encoder / bf16.encoder == pytest.approx(gpu.bf16 / gpu.fp32)
+    frozen = estimate("mm1-3b", 64, "training.frozen=[decoder]").time
+    assert 1 / 2 < frozen.decoder / bf16.decoder < 1  # no gradients of weights
+
+
+def test_context_parallelism_cuts_the_work_and_costs_messages() -> None:
+    whole = estimate("mm1-3b", 64, "training.micro_batch_size=2")
+    cut = estimate("mm1-3b", 64, "training.micro_batch_size=2", "parallel.context_parallel_size=2")
+    assert cut.microbatches == 2 * whole.microbatches
+    assert cut.time.decoder == pytest.approx(whole.time.decoder, rel=0.01)  # half of each of twice as many
+    assert cut.time.tensor_parallel > whole.time.tensor_parallel
+    assert cut.worst.activations < 0.75 * whole.worst.activations
+
+
 def test_images_cost_time_and_their_spread_too() -> None:
     none, some, most = (estimate("mm1-3b", 64, images=n).time for n in (0, 8, 16))
     assert none.encoder == 0

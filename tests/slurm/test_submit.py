@@ -70,6 +70,7 @@ def test_every_profile_that_is_shipped_has_its_golden_script() -> None:
         (["--nodes", "3"], ["training.global_batch_size", "3 data-parallel ranks"]),
         (["--nodes", "3", "parallel.tensor_model_parallel_size=2"], ["parallel", "3 ranks", "multiples of 2"]),
         (["--nodes", "2", "training.stepz=3"], ["training.stepz", "unknown field"]),
+        (["--nodes", "2", "training.fp8=delayed", "training.precision=fp32"], ["training.fp8", "goes with bf16"]),
         (["--nodes", "2", "data.tokenizer=nowhere.model"], ["data.tokenizer", "nowhere.model", "no such file"]),
         (["--nodes", "2", "data.sources.1.path=gone"], ["data.sources.1.path", "gone.manifest.json"]),
         (["--nodes", "2", "run_dir=a run"], ["run_dir", "a run", "letters, digits"]),
@@ -83,6 +84,11 @@ def test_every_profile_that_is_shipped_has_its_golden_script() -> None:
 )
 def test_bad_input_is_one_clear_error(config: Path, options: list[str], words: list[str]) -> None:
     refused(config, options, words)
+
+
+def test_sources_in_object_storage_are_left_to_the_job(config: Path) -> None:
+    done = submit(config, "--nodes", "2", "--dry-run", "data.sources.0.path=s3://bucket/data/captions", path="")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
