@@ -6,13 +6,18 @@ All of them see the same files. Waiting ranks sleep: MPI's own waiting would kee
 all of them.
 """
 
+import fcntl
+import os
 import signal
+import stat
+import struct
 import sys
+import termios
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from megatron_mm.data.ingest.shard_maker import ShardMaker
@@ -23,6 +28,7 @@ from megatron_mm.parallel.launch import launch
 
 SILENCE = 300  # seconds, after which a rank counts as dead
 _PATIENCE = 0.005  # seconds between two looks for a message
+_HAND_OVER = 10  # seconds for the launcher to read a last message
 _ALIVE = "alive"
 
 
@@ -98,12 +104,30 @@ def run(comm: Any, main: Callable[[Ranks], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
-        sys.stderr.flush()
+        hand_over_messages()
         code = error.code if isinstance(error, SystemExit) else 2
         # Where a rank is dead already MPI may wait for it: then the kernel ends this one.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(5)
         comm.Abort(code if isinstance(code, int) else 2)
+
+
+def hand_over_messages() -> None:
+    """Until the launcher has read what this rank printed: on Abort mpiexec drops what still lies in the pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more: the ranks are to end nevertheless
+            stream.flush()
+            end = time.monotonic() + _HAND_OVER
+            while _unread(stream.fileno()) and time.monotonic() < end:
+                time.sleep(_PATIENCE)
+
+
+def _unread(file: int) -> int:
+    """Bytes written to a pipe that nobody has read yet; 0 for other files."""
+    if not stat.S_ISFIFO(os.fstat(file).st_mode):
+        return 0
+    (count,) = struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, bytes(4)))
+    return int(count)
 
 
 def _serve(comm: Any) -> None:
