@@ -8,6 +8,7 @@ import torch
 from megatron_mm.config import RunConfig
 from megatron_mm.model.kernels import fusions, uses_transformer_engine
 from megatron_mm.parallel.backend import import_megatron
+from megatron_mm.parallel.versions import set_router
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -90,11 +91,14 @@ def build_decoder(
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from megatron_mm.model.context_parallel import ContextParallelAttention
+    from megatron_mm.model.router import Router
 
     d = config.model.decoder
     spec = get_gpt_decoder_block_spec(
         transformer, uses_transformer_engine(config), normalization="RMSNorm", vp_stage=chunk
     )
+    for layer in spec.layer_specs:
+        set_router(layer, Router)
     if config.parallel.context_parallel_size > 1:
         # Layers alike share one specification.
         attentions = [layer.submodules.self_attention.submodules for layer in spec.layer_specs]

@@ -145,22 +145,35 @@ class MultimodalModel(MegatronModule):
             merged = scatter_to_sequence_parallel_region(merged)
         return merged
 
+    def _padding(self, batch: "Microbatch") -> Tensor:
+        """Where this rank's hidden states are padding's, bool in the form of its tokens: [b, s/cp], or [b, s/cp/tp]
+        under sequence parallelism."""
+        padding = self.own_positions(batch.documents) < 0
+        if self.packed:
+            padding = padding.view(1, -1)
+        if self.transformer.sequence_parallel:
+            shares = padding.chunk(mpu.get_tensor_model_parallel_world_size(), dim=1)
+            padding = shares[mpu.get_tensor_model_parallel_rank()]
+        return padding
+
     def forward(self, batch: "Microbatch", layout: SequenceLayout, return_logits: bool = False) -> Tensor:
         b, s = batch.tokens.shape
         tokens, labels = self.own_positions(batch.tokens), self.own_positions(batch.labels)
         if self.packed:
             tokens, labels = tokens.view(1, b * s), labels.view(1, b * s)
-        attention: dict[str, Any] = {"attention_mask": None}
+        given: dict[str, Any] = {"attention_mask": None}
         if self.borders:
             starts = document_starts(batch.documents)
-            attention["packed_seq_params"] = packed_documents(starts, s, "thd" if self.packed else "sbhd")
+            given["packed_seq_params"] = packed_documents(starts, s, "thd" if self.packed else "sbhd")
         else:
-            attention["attention_mask"] = attention_mask(batch.documents)
+            given["attention_mask"] = attention_mask(batch.documents)
+        if self.transformer.num_moe_experts is not None:
+            given["padding_mask"] = self._padding(batch)
         output = self.language_model(
             input_ids=tokens,
             position_ids=None,
             decoder_input=self._merge(tokens, batch, layout) if self.pre_process else None,
             labels=None if return_logits else labels,
-            **attention,
+            **given,
         )
         return output.view(b, s, *output.shape[2:]) if self.packed and self.post_process else output

@@ -4,6 +4,7 @@ What a release lacks is put in its place at import; what has moved is asked for 
 for all of them alike. Both ends are run by CI: `make test-newest-megatron`.
 """
 
+import functools
 import importlib.util
 import logging
 import sys
@@ -66,6 +67,26 @@ def _router_without_te() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def set_router(layer: Any, router: type) -> None:
+    """Let a layer of this specification, where it has experts, build a `router` of this class."""
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    mlp = layer.submodules.mlp
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules  # 0.19, 0.16
+    if isinstance(submodules, MoESubmodules):
+        submodules.router = router
+
+
+def record_router_loss(name: str, value: Tensor, layer_number: int, num_layers: int) -> None:
+    """Add to Megatron-Core's record what `take_router_losses` takes from it. `layer_number` counts from 1."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # 0.19
+        moe_utils.get_moe_metrics_tracker().record(name, value, layer_number, num_layers)
+    else:
+        moe_utils.save_to_aux_losses_tracker(name, value, layer_number, num_layers)
 
 
 def take_router_losses() -> dict[str, Tensor]:

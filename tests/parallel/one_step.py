@@ -39,14 +39,18 @@ def layout_of(config: RunConfig) -> SequenceLayout:
     )  # fmt: skip
 
 
+def padding_of(number: int) -> int:
+    return number % 8 * 3
+
+
 def sequence(config: RunConfig, layout: SequenceLayout, number: int, images: int) -> dict[str, torch.Tensor]:
-    """Sequence `number` of the global batch: two packed documents and some padding, images among random words."""
+    """Sequence `number` of the global batch: two packed documents and up to 44 % padding, images among random words."""
     generator = torch.Generator().manual_seed(100 + number)
     s, m = layout.seq_length, layout.tokens_per_image
     tokens = torch.randint(5, config.model.decoder.vocab_size, (s + 1,), generator=generator)
     for i in range(images):
         tokens[2 + i * (m + 3) : 2 + i * (m + 3) + m] = layout.image_token_id
-    cut, end = s // 2 + number % 8, s - number % 8
+    cut, end = s // 4 + number % 8, s - padding_of(number)
     documents = torch.full((s,), -1, dtype=torch.int32)
     documents[:cut], documents[cut:end] = 0, 1
     mask = (tokens[1:] != layout.image_token_id) & (documents >= 0)

@@ -28,6 +28,7 @@ def write_config(
     moe: bool = False,
     vision: dict[str, Any] | None = None,
     decoder: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     **training: Any,
 ) -> Path:
     """`training.*` fields by name; batches are 8 sequences of 48 positions in microbatches of 2."""
@@ -38,11 +39,11 @@ def write_config(
         "model": {
             **MODEL,
             "vision": {**MODEL["vision"], **(vision or {})},
-            "decoder": {**MODEL["decoder"], **(decoder or {}), "moe": MOE if moe else None},
+            "decoder": {**MODEL["decoder"], "moe": MOE if moe else None, **(decoder or {})},
         },
         "parallel": parallel,
         "data": {"tokenizer": str(tokenizer), "sources": [{"path": "none", "weight": 1}], "seq_length": 48},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2, **(optimizer or {})},
         "training": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", **training},
     }
     path.write_text(yaml.safe_dump(config))

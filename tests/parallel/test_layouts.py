@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.parallel.one_step import VARIANTS
+from tests.parallel.one_step import VARIANTS, padding_of
 from tests.parallel.recipes import MORE_HEADS, write_config
 from tests.ranks import ROOT, run_ranks
 
@@ -34,6 +34,7 @@ class Layout:
     moe: bool = False
     more_heads: bool = False  # `MORE_HEADS`
     training: dict[str, Any] = field(default_factory=dict)
+    reference: str = "fp32"  # the one rank's precision
     packed: bool = False  # rows end to end, as Transformer Engine's attention takes them; the encoder's too
 
 
@@ -83,8 +84,9 @@ LAYOUTS = {
         8, {**TP2_SP, **VPP2, **EP2, "overlap_grad_reduce": True}, 5e-6, moe=True
     ),
     # Against one rank's fp32: what bf16 itself costs, in any layout.
-    "tp2-sp-bf16": Layout(2, TP2_SP, 0.05, training={"precision": "bf16"}),
-    "ep2-bf16": Layout(2, EP2, 0.1, moe=True, training={"precision": "bf16"}),
+    "tp2-sp-bf16": Layout(2, TP2_SP, 0.08, training={"precision": "bf16"}),
+    # Against one rank's bf16: to fp32, a token whose two best experts are about equal may go to the other.
+    "ep2-bf16": Layout(2, EP2, 0.01, moe=True, training={"precision": "bf16"}, reference="bf16"),
 }  # fmt: skip
 
 
@@ -119,15 +121,16 @@ def assemble(out: Path, variant: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, bool], Path]:
-    """One rank's gradients: dense or with experts, with either number of heads."""
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
+    """One rank's gradients of the model of a layout."""
     root = tmp_path_factory.mktemp("single")
 
     @functools.cache
-    def made(moe: bool, more_heads: bool) -> Path:
-        return run(root / f"{moe}-{more_heads}", Layout(1, {}, 0.0, moe, more_heads))
+    def made(moe: bool, more_heads: bool, precision: str) -> Path:
+        layout = Layout(1, {}, 0.0, moe, more_heads, training={"precision": precision})
+        return run(root / f"{moe}-{more_heads}-{precision}", layout)
 
-    return made
+    return lambda layout: made(layout.moe, layout.more_heads, layout.reference)
 
 
 def imbalance(counts: list[int], layout: Layout) -> float:
@@ -144,9 +147,9 @@ PARTS = {"vision": "vision.", "connector": "connector.", "decoder": "language_mo
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_equal_one_ranks(name: str, single: Callable[[bool, bool], Path], tmp_path: Path) -> None:
+def test_gradients_equal_one_ranks(name: str, single: Callable[[Layout], Path], tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    alone, out = single(layout.moe, layout.more_heads), run(tmp_path / "out", layout)
+    alone, out = single(layout), run(tmp_path / "out", layout)
     frozen = tuple(PARTS[part] for part in layout.training.get("frozen", ()))
     close = 0.01 if layout.training.get("precision") == "bf16" else 1e-6
     for variant in VARIANTS:
@@ -157,7 +160,7 @@ def test_gradients_equal_one_ranks(name: str, single: Callable[[bool, bool], Pat
         assert record["loss"] == pytest.approx(reference["loss"], rel=close)
         assert record["source_losses"] == pytest.approx(reference["source_losses"], rel=close)
         assert record["images"] == reference["images"] == sum(VARIANTS[variant])
-        assert record["padding"] == sum(number % 8 for number in range(8)) / (8 * 48)
+        assert record["padding"] == sum(map(padding_of, range(8))) / (8 * 48)
         assert record["image_imbalance"] == imbalance(VARIANTS[variant], layout)
         norm = sum(g.square().sum().item() for g in expected.values()) ** 0.5
         assert record["grad_norm"] == pytest.approx(norm, rel=10 * close, abs=1e-12)
@@ -170,10 +173,10 @@ def test_gradients_equal_one_ranks(name: str, single: Callable[[bool, bool], Pat
         assert worst[largest] <= layout.bound, (variant, largest, worst[largest])
 
 
-def test_images_matter(single: Callable[[bool, bool], Path]) -> None:
+def test_images_matter(single: Callable[[Layout], Path]) -> None:
     """The comparison would be empty if nothing flowed into the encoder: it does with images, and not without."""
     for variant, counts in VARIANTS.items():
-        gradients = assemble(single(False, False), variant)
+        gradients = assemble(single(Layout(1, {}, 0.0)), variant)
         vision = [g.norm().item() for n, g in gradients.items() if n.startswith(("vision.", "connector."))]
         assert len(vision) > 30
         assert (max(vision) > 0) == (sum(counts) > 0), variant
