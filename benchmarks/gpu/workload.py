@@ -132,7 +132,7 @@ def batches(config: RunConfig, kinds: Sequence[Kind]) -> tuple[list[Microbatch],
 
 
 @torch.no_grad()
-def _quick_weights(model: torch.nn.Module, config: RunConfig) -> None:
+def _quick_weights(model: torch.nn.Module, config: RunConfig, names: object = None) -> None:
     """In the place of `initialize_weights`, which draws billions of numbers on the CPU so that they do not depend on
     the layout: here the same distributions, drawn where they are."""
     torch.manual_seed(config.training.seed)  # of the device too: every case of a shape starts alike
@@ -255,8 +255,9 @@ def step_figures(
 ) -> Figures:
     each = spread(seconds)
     positions = sequences * config.data.seq_length
-    work = flops(config.model, positions, document_pairs(documents), images)
-    rate = work.training / each["median"]
+    forward = flops(config.model, positions, document_pairs(documents), images)
+    work = forward.training(config.training.frozen)
+    rate = work.total / each["median"]
     peak = nominal_peak()
     return {
         "seconds_per_step": each,
@@ -266,7 +267,7 @@ def step_figures(
         "filled": round(sum(documents) / positions, 4),
         "tflops": round(rate / 1e12, 4),
         "mfu": peak and round(rate / peak, 4),  # of the data sheet's bf16 peak, whatever the precision
-        "flops": {k: v * 3 for k, v in dataclasses.asdict(work).items()},
+        "flops": dataclasses.asdict(work),
         "decoder_layers": config.model.decoder.num_layers,
     }
 

@@ -30,12 +30,13 @@ def build_chunks(config: RunConfig) -> list[MultimodalModel]:
     return chunks
 
 
-def build_model(config: RunConfig) -> list[MultimodalModel]:
-    """The same with their initial weights, on this rank's device."""
+def build_model(config: RunConfig, draw_weights: bool = True) -> list[MultimodalModel]:
+    """The same on this rank's device, with their initial weights."""
     chunks = build_chunks(config)
     for model in chunks:
         model.to(device())
-        initialize_weights(model, config)
+        if draw_weights:
+            initialize_weights(model, config)
         _mark_tensor_parallel(model)
     return chunks
 
@@ -57,6 +58,7 @@ def _mark_tensor_parallel(model: MultimodalModel) -> None:
         held[piece.parameter] = held.get(piece.parameter, 0) + piece.numel
         whole[piece.parameter] = torch.Size(piece.global_shape[piece.leading :]).numel()
     for parameter in model.parameters():
+        assert held[parameter] == parameter.numel()  # so whoever fills all pieces fills all parameters
         # Experts always count: their groups hold no tensor-parallel copies, whatever the expert tensor-parallel size.
         expert = not getattr(parameter, "allreduce", True)
         parameter.tensor_model_parallel = expert or held[parameter] < whole[parameter]

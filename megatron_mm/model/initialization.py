@@ -6,7 +6,9 @@ Matrices are normal with `init_std`; those that write into the residual stream (
 The connector draws its own (`Connector.reset_parameters`).
 """
 
+import functools
 import math
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -25,12 +27,14 @@ def _std(config: RunConfig, name: str) -> float:
     return std
 
 
-def _draw(piece: Piece, config: RunConfig, out: torch.Tensor) -> None:
+def _draw(piece: Piece, config: RunConfig, whole_matrix: Callable[..., torch.Tensor], out: torch.Tensor) -> None:
     """Draw the whole matrix on the CPU and keep this rank's box of it."""
     name = piece.name
     for index in piece.offset[: piece.leading]:
         name += f"#{index}"
-    whole = normal(config.training.seed, name, tuple(piece.global_shape[piece.leading :]), _std(config, piece.name))
+    whole = whole_matrix(
+        config.training.seed, name, tuple(piece.global_shape[piece.leading :]), _std(config, piece.name)
+    )
     box = tuple(
         slice(o, o + n) for o, n in zip(piece.offset[piece.leading :], piece.shape[piece.leading :], strict=True)
     )
@@ -38,10 +42,16 @@ def _draw(piece: Piece, config: RunConfig, out: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def initialize_weights(model: MultimodalModel, config: RunConfig) -> None:
-    """Fill every parameter in place."""
+def initialize_weights(model: MultimodalModel, config: RunConfig, names: Collection[str] | None = None) -> None:
+    """Fill every parameter in place, or those that are parts of the tensors `names`."""
+    connector = None
+    whole_matrix = functools.lru_cache(maxsize=1)(normal)  # gate and up projection are two pieces of one matrix
     for piece in pieces(model):
+        if names is not None and piece.name not in names:
+            continue
         if piece.name.startswith("connector."):
+            connector = connector or _draw_connector(config)
+            piece.parameter.copy_(connector[piece.name.removeprefix("connector.")])
             continue
         target = piece.view(piece.parameter.view(-1))
         if piece.name.endswith("bias"):
@@ -49,12 +59,15 @@ def initialize_weights(model: MultimodalModel, config: RunConfig) -> None:
         elif "norm" in piece.name or ".ln_p" in piece.name:
             target.fill_(1.0)
         else:
-            _draw(piece, config, target)
-    if model.connector is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.training.seed, "connector"))
-            drawn = build_connector(
-                config.model.connector, config.model.vision.hidden_size, config.model.vision.grid,
-                config.model.decoder.hidden_size, config.model.init_std,
-            )  # fmt: skip
-        model.connector.load_state_dict(drawn.state_dict())
+            _draw(piece, config, whole_matrix, target)
+
+
+def _draw_connector(config: RunConfig) -> dict[str, torch.Tensor]:
+    """Its state: drawn as a whole, tensor after tensor, from one generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.training.seed, "connector"))
+        drawn = build_connector(
+            config.model.connector, config.model.vision.hidden_size, config.model.vision.grid,
+            config.model.decoder.hidden_size, config.model.init_std,
+        )  # fmt: skip
+    return drawn.state_dict()

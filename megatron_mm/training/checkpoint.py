@@ -260,7 +260,8 @@ class Checkpointer:
     # ── resuming ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def load_latest(self) -> int:
-        """Restore the newest whole checkpoint; answers with its step, or 0 where there is none.
+        """Restore the newest whole checkpoint; answers with its step, or 0 where there is none: then the trainer is as
+        it was, without weights if they were not drawn.
 
         Every rank checks the digests of a share of the files. A damaged checkpoint is passed over, and said so.
         """
@@ -282,6 +283,7 @@ class Checkpointer:
                     name = stored_name(reader, box.name, box.tensor.dtype)
                     box.tensor.copy_(reader.box(name, box.offset, tuple(box.tensor.shape)))
             set_adam_step(self.trainer.optimizer, reader.step)
+            self.trainer.has_weights = True
             return reader.step
         return 0
 

@@ -39,7 +39,7 @@ class InitialWeights:
 
 def load_weights(trainer: "Trainer", directories: tuple[str, ...]) -> InitialWeights:
     """Fill the model's weights and the optimizer's masters; every rank calls it. What several checkpoints hold comes
-    from the last of them; what none holds stays as it is."""
+    from the last of them; what none holds stays as it is, or is drawn where the trainer has no weights yet."""
     own = InitialWeights(directories)
     together(lambda: _load(trainer, own))
     everyone: list[InitialWeights] = [own] * dist.get_world_size()
@@ -60,7 +60,8 @@ def _load(trainer: "Trainer", found: InitialWeights) -> None:
             box.tensor.copy_(_value(holding[-1], box, box.name, trainer.config.model.vision, found))
         else:
             found.at_random.add(box.name)
-    trainer.optimizer.reload_model_params()  # for masters of what no checkpoint holds
+    # And masters, for what no checkpoint holds.
+    trainer.draw_weights(() if trainer.has_weights else found.at_random)
     for box in state_boxes(trainer, pieces):
         name = box.name.removeprefix("main/")
         holding = [r for r in readers if name in r]

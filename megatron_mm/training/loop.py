@@ -40,7 +40,8 @@ def _train(config: RunConfig, topology: Topology, stop: StopSignal) -> None:
     t = config.training
     main = topology.rank == 0
     data = _open_data(config)
-    trainer = Trainer(config, topology, data.layout, len(data.source_names))
+    # Weights are drawn below, and only those that no checkpoint holds: it takes minutes for a large model.
+    trainer = Trainer(config, topology, data.layout, len(data.source_names), draw_weights=False)
     checkpointer = Checkpointer(config, trainer, Path(data.tokenizer.path))
     done = checkpointer.load_latest()
     telemetry = Telemetry(config, data.source_names, done, active=main)
@@ -48,6 +49,8 @@ def _train(config: RunConfig, topology: Topology, stop: StopSignal) -> None:
         telemetry.say(f"resumed after step {done}")
     elif config.checkpoint.init_from:
         telemetry.say(load_weights(trainer, config.checkpoint.init_from).report())
+    if not trainer.has_weights:
+        trainer.draw_weights()
     if main:
         _write_config(config)
     telemetry.say(_summary(config, topology, trainer))

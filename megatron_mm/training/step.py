@@ -11,7 +11,7 @@ well, which image positions would inflate; here they keep their plain mean over 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_mm.config import RunConfig, SequenceLayout
 from megatron_mm.model.build import build_model
+from megatron_mm.model.initialization import initialize_weights
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.sharding import Piece, pieces
 from megatron_mm.parallel.backend import device
@@ -77,11 +78,17 @@ def wrap(config: RunConfig, chunks: Sequence[MultimodalModel]) -> list[Any]:
 
 
 class Trainer:
-    """The model wrapped for data parallelism, its optimizer, and the steps over them."""
+    """The model wrapped for data parallelism, its optimizer, and the steps over them.
 
-    def __init__(self, config: RunConfig, topology: Topology, layout: SequenceLayout, num_sources: int) -> None:
+    With `draw_weights` off it has none yet, and takes no step: a checkpoint gives them, or `draw_weights()` does.
+    """
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, layout: SequenceLayout, num_sources: int, draw_weights: bool = True
+    ) -> None:
         self.config, self.topology, self.layout, self.num_sources = config, topology, layout, num_sources
-        self.chunks: list[MultimodalModel] = build_model(config)
+        self.has_weights = draw_weights
+        self.chunks: list[MultimodalModel] = build_model(config, draw_weights)
         self.transformer = self.chunks[0].transformer
         self.wrapped = wrap(config, self.chunks)
         self.optimizer = build_optimizer(config, self.wrapped)
@@ -91,6 +98,13 @@ class Trainer:
             if config.parallel.overlap_grad_reduce:
                 no_sync = [wrapped.no_sync for wrapped in self.wrapped]
                 chunk.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def draw_weights(self, names: Collection[str] | None = None) -> None:
+        """Initial weights and their masters: all, or of the tensors `names` where all others are filled already."""
+        for chunk in self.chunks:
+            initialize_weights(chunk, self.config, names)
+        self.optimizer.reload_model_params()
+        self.has_weights = True
 
     def pieces(self) -> Iterator[Piece]:
         """Where this rank's parameters lie in the global model."""
@@ -120,6 +134,7 @@ class Trainer:
         from megatron.core import parallel_state as mpu
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        assert self.has_weights
         batches = [batch.to(device(), non_blocking=True) for batch in batches]
         text_tokens = torch.stack([b.loss_mask.sum() for b in batches]).sum().double()
         dist.all_reduce(text_tokens, group=mpu.get_data_parallel_group())
@@ -196,20 +211,20 @@ class Trainer:
 
     def _expert_losses(self, microbatches: int) -> dict[str, float]:
         """The routers' auxiliary losses in this step, without their coefficients: means over layers with experts."""
-        if self.config.model.decoder.moe is None:
+        moe = self.config.model.decoder.moe
+        if moe is None:
             return {}
         own = take_router_losses()
-        # A rank records its share of the load balance among the ranks that hold parts of its sequences, tensor- and
-        # context-parallel ones, and the mean z loss of its own tokens.
-        dp, parts = self.topology.dp_size, self.topology.tp_size * self.topology.cp_size
-        averaged = {"load_balancing_loss": dp, "z_loss": dp * parts}
-        totals = torch.zeros(len(averaged), dtype=torch.float64, device=device())
-        for i, (name, ranks) in enumerate(averaged.items()):
+        # A rank records its share among the ranks that hold parts of its sequences, tensor- and context-parallel ones.
+        # The load balance is not computed where it is not asked for.
+        names = ("load_balancing_loss", "z_loss") if moe.load_balance_coeff else ("z_loss",)
+        totals = torch.zeros(len(names), dtype=torch.float64, device=device())
+        for i, name in enumerate(names):
             if name in own:  # not on a stage without experts
-                totals[i] = own[name].sum() / (ranks * microbatches)
+                totals[i] = own[name].sum() / (self.topology.dp_size * microbatches)
         dist.all_reduce(totals)
         layers = sum(self.transformer.moe_layer_freq)
-        return {f"moe/{name}": total / layers for name, total in zip(averaged, totals.tolist(), strict=True)}
+        return {f"moe/{name}": total / layers for name, total in zip(names, totals.tolist(), strict=True)}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence["Microbatch"]) -> StepResult:

@@ -24,9 +24,11 @@ def main() -> int:
     config = load_config(sys.argv[1], arguments)
     topology = initialize(config, launch())
     layout = layout_of(config)
-    trainer = Trainer(config, topology, layout, SOURCES)
+    trainer = Trainer(config, topology, layout, SOURCES, draw_weights=False)
     checkpointer = Checkpointer(config, trainer, Path(config.data.tokenizer))
     done = checkpointer.load_latest()
+    if not trainer.has_weights:
+        trainer.draw_weights()
     print(f"resumed after step {done}", flush=True)
     size, total = config.training.micro_batch_size, config.training.global_batch_size
     save_to = next((a.removeprefix("--save-to=") for a in sys.argv if a.startswith("--save-to=")), None)

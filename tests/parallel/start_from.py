@@ -1,7 +1,8 @@
 """One rank of a test of `checkpoint.init_from`: what a new run is before its first step, as its checkpoint at step 0.
 
-    python tests/parallel/start_from.py CONFIG.yaml [a.b=value …]
+    python tests/parallel/start_from.py CONFIG.yaml [--drawn-first] [a.b=value …]
 
+All weights are drawn before the optimizer is built (--drawn-first), or after it those that no checkpoint holds.
 Says what `load_weights` reports and, where the optimizer holds the parameters themselves (fp32, not distributed),
 the learning rate of each at step 0: a line `rates JSON`.
 """
@@ -22,11 +23,14 @@ from tests.parallel.one_step import SOURCES, layout_of
 
 
 def main() -> int:
-    config = load_config(sys.argv[1], sys.argv[2:])
+    drawn_first = "--drawn-first" in sys.argv
+    config = load_config(sys.argv[1], [a for a in sys.argv[2:] if not a.startswith("--")])
     topology = initialize(config, launch())
-    trainer = Trainer(config, topology, layout_of(config), SOURCES)
+    trainer = Trainer(config, topology, layout_of(config), SOURCES, drawn_first)
     if config.checkpoint.init_from:
         print(load_weights(trainer, config.checkpoint.init_from).report())
+    if not trainer.has_weights:
+        trainer.draw_weights()
     set_learning_rate(trainer.optimizer, config, 0)
     names = {id(piece.parameter): piece.name for piece in trainer.pieces()}
     groups = trainer.optimizer.param_groups

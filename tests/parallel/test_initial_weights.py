@@ -143,6 +143,30 @@ def test_parts_of_several_checkpoints(sources: dict[str, Path], tmp_path: Path) 
     assert all(torch.equal(begun(tmp_path)[name], found[name]) for name in missing)
 
 
+@pytest.mark.parametrize(
+    ("world", "parallel", "moe", "frozen"),
+    [(4, EP2_TP2, True, []), (2, {"pipeline_model_parallel_size": 2}, False, ["decoder"])],
+    ids=["ep2-tp2", "pp2-frozen-decoder"],
+)
+def test_drawn_late_is_drawn_alike(tmp_path: Path, world: int, parallel: dict, moe: bool, frozen: list) -> None:
+    """Whether weights, and masters after them, are drawn before the optimizer is built, after it, or in part."""
+    start(tmp_path, world, parallel, "--drawn-first", moe=moe, precision="bf16", frozen=frozen)
+    wanted = begun(tmp_path)
+    shutil.rmtree(tmp_path / "new")
+    start(tmp_path, world, parallel, moe=moe, precision="bf16", frozen=frozen)
+    late = begun(tmp_path)
+    weights = {n: t for n, t in wanted.items() if "/" not in n}
+    assert any(n.startswith("main/") for n in wanted)
+    reader = CheckpointReader(step_directory(tmp_path / "new" / "checkpoints", 0))
+    write_tensors(tmp_path / "part", reader.config, {n: t for i, (n, t) in enumerate(weights.items()) if i % 2})
+    shutil.rmtree(tmp_path / "new")
+    start(tmp_path, world, parallel, f"checkpoint.init_from=[{tmp_path / 'part'}]", moe=moe, precision="bf16",
+          frozen=frozen)  # fmt: skip
+    part = begun(tmp_path)
+    assert wanted.keys() == late.keys() == part.keys()
+    assert [n for n, t in wanted.items() if not (torch.equal(late[n], t) and torch.equal(part[n], t))] == []
+
+
 def test_pixel_shuffle_grows_with_the_grid(tmp_path: Path) -> None:
     """Its weights fit squares of as many patches; with other squares it is refused."""
     kind = "model.connector.kind=pixel_shuffle_mlp"
