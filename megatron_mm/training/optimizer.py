@@ -46,7 +46,8 @@ def schedule(config: RunConfig, step: int) -> float:
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any]) -> "MegatronOptimizer":
-    """Megatron-Core's optimizer over the wrapped model chunks: decoupled weight decay, none on norms and biases."""
+    """Megatron-Core's optimizer over the wrapped model chunks: decoupled weight decay, on parameters of two or
+    more dimensions alone (none on norms and biases; on embeddings of positions, as in Megatron-LM)."""
     from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 
     o = config.optimizer
