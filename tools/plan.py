@@ -16,7 +16,7 @@ from megatron_mm.config.nearest import changes, load_for
 from megatron_mm.errors import UserError, run_cli
 from megatron_mm.planning.hardware import GIB, GPUS
 from megatron_mm.planning.plan import Plan, check_gpu, make_plans, target_for
-from megatron_mm.planning.report import plan_data, text, write_report
+from megatron_mm.planning.report import check_output, plan_data, text, write_report
 from megatron_mm.planning.search import nearest_that_fit, search
 
 
@@ -42,6 +42,8 @@ def main() -> int:
             "more images than a sequence may hold", where="--images-per-sequence", found=target.images_per_sequence,
             allowed=f"up to data.max_images, {config.data.max_images}",
         )  # fmt: skip
+    if arguments.output:
+        check_output(arguments.output)
     found = search(config, target) if arguments.search else []
     (plan,) = make_plans([config], target)
     title = Path(arguments.config).stem
@@ -62,7 +64,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.gpus < 1:
         raise UserError("out of range", where="--gpus", found=arguments.gpus, allowed="1 or more")
     images = arguments.images_per_sequence
-    if images is not None and images < 0:
+    if images is not None and not images >= 0:  # nan too
         raise UserError("out of range", where="--images-per-sequence", found=images, allowed="0 or more")
     if arguments.output and arguments.output.suffix not in (".md", ".html"):
         raise UserError(

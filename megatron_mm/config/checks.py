@@ -124,9 +124,14 @@ def _check_experts(c: RunConfig) -> None:
         )  # fmt: skip
 
 
+def check_ranges(c: RunConfig) -> None:
+    """Each number by itself."""
+    _positive(c, "", _ZERO_ALLOWED)
+
+
 def check_consistency(c: RunConfig) -> None:
     """Everything that can be known without files and without a world."""
-    _positive(c, "", _ZERO_ALLOWED)
+    check_ranges(c)
     v, d, p, t = c.model.vision, c.model.decoder, c.parallel, c.training
     _multiple(v.image_size, v.patch_size, "model.vision.image_size", "model.vision.patch_size")
     _multiple(v.hidden_size, v.num_attention_heads, "model.vision.hidden_size", "model.vision.num_attention_heads")
@@ -222,13 +227,13 @@ def check_layout(c: RunConfig, world_size: int) -> int:
     ep, whole = p.expert_model_parallel_size, p.model_parallel_size
     if world_size < 1:
         raise UserError("no ranks", where="parallel", found=world_size, allowed="1 or more")
-    fits = [n for n in range(1, 2 * world_size + 1) if n % whole == 0]
     if world_size % whole:
+        fits = 2 * world_size // whole * whole  # the largest up to twice as many; 0: none
         context = f" × context {cp}" if cp > 1 else ""
         raise UserError(
             f"the ranks do not divide into tensor × pipeline{' × context' if cp > 1 else ''} groups", where="parallel",
             found=f"{world_size} ranks, tensor {tp} × pipeline {pp}{context}",
-            allowed=f"multiples of {whole}" + (f", for example {fits[-1]}" if fits else ""),
+            allowed=f"multiples of {whole}" + (f", for example {fits}" if fits else ""),
             do="start another number of ranks, or change the parallel sizes",
         )  # fmt: skip
     dp = world_size // whole

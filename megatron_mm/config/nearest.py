@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.config.checks import check_consistency, check_layout
+from megatron_mm.config.checks import check_consistency, check_layout, check_ranges
 from megatron_mm.config.files import read_config
 from megatron_mm.config.schema import ParallelConfig, RunConfig
 from megatron_mm.errors import UserError
@@ -19,6 +19,7 @@ _MOST_TP = 64  # a tensor-parallel group beyond that has no hardware
 def load_for(path: str | Path, overrides: list[str] | None, world_size: int) -> RunConfig:
     """Load a run and check its layout on `world_size` ranks. An impossible layout's error names the nearest others."""
     config = read_config(path, overrides)
+    check_ranges(config)  # nothing is near a size of 0
     try:
         check_consistency(config)
         check_layout(config, world_size)
@@ -43,8 +44,11 @@ def with_nearest(error: UserError, config: RunConfig, world_size: int) -> UserEr
 
 def nearest_world_sizes(config: RunConfig, world_size: int) -> list[int]:
     """The next smaller and the next larger number of ranks that the layout works on, up to four times as many."""
-    below = next((n for n in range(world_size - 1, 0, -1) if _works(config, n)), None)
-    above = next((n for n in range(world_size + 1, 4 * world_size + 1) if _works(config, n)), None)
+    p, t = config.parallel, config.training
+    rows = t.global_batch_size // t.micro_batch_size  # microbatches of all ranks
+    sizes = sorted(p.model_parallel_size * dp for dp in divisors(rows, rows))
+    below = next((n for n in reversed(sizes) if n < world_size and _works(config, n)), None)
+    above = next((n for n in sizes if world_size < n <= 4 * world_size and _works(config, n)), None)
     return [n for n in (below, above) if n]
 
 

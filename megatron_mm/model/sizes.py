@@ -2,11 +2,12 @@
 
 Counts equal what the built modules hold (tests/parallel/test_sizes.py). A multiply-add is two operations. Attention is
 counted by true document lengths: a causal document of n positions has n (n + 1) / 2 pairs, whatever it is packed with.
-The backward pass costs twice the forward pass; recomputation is not counted (it is no useful work).
+The backward pass costs twice the forward pass, less of what is frozen (`passes`); recomputation is not counted (it is
+no useful work).
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a forward pass."""
+    """Of a forward pass, or with its backward pass (`training`)."""
 
     vision: float
     connector: float
@@ -46,13 +47,44 @@ class Flops:
     attention: float  # of the decoder, scores and weighted values
 
     @property
-    def forward(self) -> float:
+    def total(self) -> float:
         return self.vision + self.connector + self.decoder + self.attention
 
-    @property
-    def training(self) -> float:
-        """Forward and backward."""
-        return 3 * self.forward
+    def training(self, frozen: Collection[str] = ()) -> "Flops":
+        """Of forward and backward pass, where these are of the forward pass. `frozen`: as in `passes`."""
+        n = passes(frozen)
+        return Flops(
+            vision=n.vision * self.vision,
+            connector=n.connector * self.connector,
+            decoder=n.decoder * self.decoder,
+            attention=n.attention * self.attention,
+        )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often forward and backward pass together do the work that the forward pass does once, of each of `Flops`."""
+
+    vision: int
+    connector: int
+    decoder: int
+    attention: int
+
+
+def passes(frozen: Collection[str] = ()) -> Passes:
+    """Where these parts (`training.frozen`) keep their weights.
+
+    Three for a part that is trained: forward, gradients of activations, gradients of weights. A frozen part has none of
+    weights, and those of activations only where a part before it is trained; before the decoder one always is, else
+    nothing would be trained. The decoder's attention has no weights: both its factors' gradients are activations'.
+    """
+    vision, connector, decoder = (part not in frozen for part in ("vision", "connector", "decoder"))
+    return Passes(
+        vision=3 if vision else 1,
+        connector=1 + (vision or connector) + connector,
+        decoder=2 + decoder,
+        attention=3,
+    )
 
 
 def moe_layers(d: DecoderConfig) -> int:

@@ -1,14 +1,17 @@
 """Plans as text for people, as plain data for programs, and as Markdown or one HTML page with a picture."""
 
+import contextlib
 import dataclasses
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import RunConfig
 from megatron_mm.config.nearest import changes
+from megatron_mm.errors import UserError
 from megatron_mm.planning.hardware import ASSUMPTIONS, GIB
 from megatron_mm.planning.picture import MEMORY_PARTS, TIME_PARTS, picture
 from megatron_mm.planning.plan import Plan
@@ -189,16 +192,50 @@ _NOTE = (
 )
 
 
+def check_output(output: Path) -> None:
+    """Make the report's folder and try to write there, before minutes of planning. Raises UserError."""
+    for path in dict.fromkeys((output, _drawing(output))):
+        with _writing(path) as temporary:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            temporary.touch()
+            temporary.unlink()
+
+
+def _drawing(output: Path) -> Path:
+    """Where the picture goes: a page of HTML holds it itself."""
+    return output if output.suffix == ".html" else output.with_suffix(".svg")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary file's name beside `path`, in a folder that is there. A failure is a UserError and leaves no file."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            "cannot write the report", where=str(path), found=f"{error.filename}: {error.strerror}",
+            do="take another --output",
+        ) from None  # fmt: skip
+
+
 def write_report(output: Path, title: str, plan: Plan, found: Sequence[Plan], command: str) -> list[Path]:
-    """Write OUTPUT (.md, with its picture beside it as .svg; or one .html) and answer with the files written."""
+    """Write OUTPUT (.md, with its picture beside it as .svg; or one .html) and answer with the files written.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     if output.suffix == ".html":
         files = {output: html(title, plan, found, command)}
     else:
-        drawing = output.with_suffix(".svg")
+        drawing = _drawing(output)
         files = {drawing: picture(plan), output: markdown(title, plan, found, command, drawing.name)}
-    output.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(content)
-        os.replace(temporary, path)
+        with _writing(path) as temporary:
+            temporary.write_text(content)
+            os.replace(temporary, path)
     return list(files)

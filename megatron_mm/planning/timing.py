@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_mm.config import RunConfig
-from megatron_mm.model.sizes import document_pairs, flops, image_flops, vision_parameters
+from megatron_mm.model.sizes import document_pairs, flops, image_flops, passes, vision_parameters
 from megatron_mm.planning.estimate import parameters
 from megatron_mm.planning.hardware import ASSUMPTIONS, Assumptions, Gpu
 from megatron_mm.planning.images import microbatch_images
@@ -66,9 +66,10 @@ def step_time(
     seconds = [_stage_seconds(config, stage, gpu, links, assumed) for stage in cut]
     mean = images_per_sequence * t.micro_batch_size
     once = [s.at(mean) for s in seconds]
-    pace = seconds[once.index(max(once))]
+    slowest = max(once)
+    pace = seconds[once.index(slowest)]
     counts = microbatch_images(images_per_sequence, config.data.max_images, t.global_batch_size, t.micro_batch_size, dp)
-    steady = sum(max(s.at(n) for s in seconds) for n in counts)
+    longer = sum(max(s.at(n) for s in seconds) - slowest for n in counts)
     ends = [_end_of_step(config, stage, world_size, gpu, links, assumed, once[i]) for i, stage in enumerate(cut)]
     reduction, update = max(ends, key=sum)
     return StepTime(
@@ -78,8 +79,8 @@ def step_time(
         tensor_parallel=microbatches * (pace.tensor_parallel + mean * pace.image_messages),
         expert_parallel=microbatches * pace.expert_parallel,
         pipeline_messages=microbatches * pace.pipeline_messages,
-        imbalance=max(0.0, steady - microbatches * max(once)) if max(counts) != min(counts) else 0.0,
-        bubble=(sum(once) - max(once)) / vpp,
+        imbalance=max(0.0, longer),  # a mean that is no whole number of images may be rounded down
+        bubble=(sum(once) - slowest) / vpp,
         data_parallel=reduction,
         optimizer=update,
     )
@@ -127,19 +128,19 @@ def _stage_seconds(config: RunConfig, stage: Stage, gpu: Gpu, links: _Links, ass
     first, last = stage[0].first, stage[-1].last
     layers = dense + moe
     sweeps = 3.0 if t.recompute else 2.0  # through the layers: forward, again, backward
-    passes = sweeps + ("decoder" not in t.frozen)  # the backward pass costs two forward passes, one of them for weights
+    work, again = passes(t.frozen), sweeps - 2
     wide = 2 if t.precision == "bf16" else 4
     # Matrix products and attention.
     matrices, experts = _layer_flops(config)
     full = gpu.bf16 if t.precision == "bf16" else gpu.fp32
     peak = gpu.fp8 * assumed.fp8_matmul if t.fp8 else full * assumed.matmul
     imbalance = assumed.expert_imbalance if p.expert_model_parallel_size > 1 else 1.0
-    products = passes * (layers * matrices[0] + dense * matrices[1] + moe * experts * imbalance) / peak
+    products = (work.decoder + again) * (layers * matrices[0] + dense * matrices[1] + moe * experts * imbalance) / peak
     # The output layer is not recomputed.
-    products += (2.0 + ("decoder" not in t.frozen)) * last * matrices[2] / (full * assumed.matmul)
+    products += work.decoder * last * matrices[2] / (full * assumed.matmul)
     fused = t.layers != "local"
     pairs = b * (document_pairs([whole]) if fused else whole * whole)
-    scores = (sweeps + 1) * layers * 4.0 * d.num_attention_heads * d.head_dim / (tp * cp) * pairs
+    scores = (work.attention + again) * layers * 4.0 * d.num_attention_heads * d.head_dim / (tp * cp) * pairs
     scores /= full * (assumed.attention if fused else assumed.local_attention)
     # Memory: two norms, two sums and the rotation on the stream; the FFN's gate; fp32 sums of gradients.
     bandwidth = gpu.bandwidth * assumed.memory_bandwidth
@@ -210,9 +211,9 @@ def _image_seconds(config: RunConfig, gpu: Gpu, links: _Links, assumed: Assumpti
         v = m.vision
         attention = 4.0 * v.built_layers * v.num_positions**2 * v.hidden_size
         vision = attention + (vision - attention) * gpu.bf16 * assumed.matmul / (gpu.fp8 * assumed.fp8_matmul)
-    again = 1.0 if t.recompute and "vision" not in t.frozen else 0.0
-    vision *= (1.0 if "vision" in t.frozen else 3.0) + again
-    connector *= 1.0 if {"vision", "connector"} <= set(t.frozen) else 3.0
+    work, trained = passes(t.frozen), "vision" not in t.frozen
+    vision *= work.vision + (t.recompute and trained)
+    connector *= work.connector
     seconds = (vision / assumed.encoder + connector / assumed.connector * (tp if p.vision_tensor_parallel else 1)) / (
         (gpu.bf16 if t.precision == "bf16" else gpu.fp32) * tp * cp
     )
@@ -222,7 +223,7 @@ def _image_seconds(config: RunConfig, gpu: Gpu, links: _Links, assumed: Assumpti
     messages = links.gather(size, p.image_sharers, near) - links.message * (p.image_sharers > 1)
     if p.vision_tensor_parallel:
         tokens = wide * m.vision.num_positions * m.vision.hidden_size / cp
-        messages += m.vision.built_layers * 4 * 2 * (links.gather(tokens, tp, 1) - links.message * (tp > 1))
+        messages += m.vision.built_layers * 4 * (1 + trained) * (links.gather(tokens, tp, 1) - links.message * (tp > 1))
     return seconds, messages
 
 
@@ -255,10 +256,11 @@ def _end_of_step(
 
 
 def model_flops(config: RunConfig, images_per_sequence: float) -> float:
-    """Useful operations of a step: forward and backward, whole sequences of one document, nothing recomputed."""
+    """Useful operations of a step: forward and backward, less what frozen parts spare, whole sequences of one document,
+    nothing recomputed."""
     t, s = config.training, config.data.seq_length
     found = flops(
         config.model, t.global_batch_size * s, t.global_batch_size * document_pairs([s]),
         t.global_batch_size * images_per_sequence,
     )  # fmt: skip
-    return found.training
+    return found.training(t.frozen).total

@@ -1,6 +1,7 @@
 """`model/sizes.py` against the modules: parameters, and the operations that torch counts in transformers' models."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.config import ModelConfig, load_config
 from megatron_mm.hf import MegatronMMForConditionalGeneration
 from megatron_mm.hf.configuration import MegatronMMConfig
-from megatron_mm.model.sizes import document_pairs, flops, parameters
+from megatron_mm.model.sizes import document_pairs, flops, parameters, passes
 from tests.parallel.recipes import MODEL, write_config
 from tests.ranks import ROOT, run_ranks
 
@@ -77,7 +78,40 @@ def test_operations_are_those_of_transformers(configs: list[Path], number: int) 
     # The rotary angles are a small product of their own.
     assert found.decoder + found.attention == pytest.approx(decoder.get_total_flops(), rel=1e-3)
     assert found.vision + found.connector == encoder.get_total_flops()
-    assert found.training == 3 * found.forward
+    assert found.training().total == 3 * found.total
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("decoder",), ("connector",), ("connector", "decoder"), ("vision",), ("vision", "connector")]
+)
+def test_passes_of_frozen_parts_are_those_of_torch(configs: list[Path], frozen: tuple[str, ...]) -> None:
+    """Each part alone, on an input that wants gradients where a part before it is trained; or where the part is, as if
+    what it begins with were a layer within it."""
+    model = load_config(configs[5]).model  # its connector has convolutions neither by channel nor attention
+    module, s = hf(model), 96
+    vision, connector, decoder = (part not in frozen for part in ("vision", "connector", "decoder"))
+    for part, trained in ((module.model.connector, connector), (module.model.language_model, decoder)):
+        part.requires_grad_(trained)
+    module.lm_head.requires_grad_(decoder)
+
+    def both(run: Callable[[torch.Tensor], torch.Tensor], wanted: bool, *shape: int) -> float:
+        """Forward and backward over forward."""
+        given = torch.empty(shape, device="meta", requires_grad=wanted)
+        with FlopCounterMode(display=False) as forward:
+            output = run(given)
+        with FlopCounterMode(display=False) as backward:
+            if output.requires_grad:
+                output.sum().backward()
+        return 1 + float(backward.get_total_flops()) / forward.get_total_flops()
+
+    counted = passes(frozen)
+    h, width = model.vision.hidden_size, model.decoder.hidden_size
+    assert both(module.model.connector, vision or connector, 1, model.vision.grid**2, h) == counted.connector
+    # Eager attention computes all pairs, and the rotary angles are a small product that has no gradient.
+    work = flops(model, positions=s, pairs=s * s, images=0)
+    share = work.training(frozen).total / work.total
+    assert both(lambda x: module(inputs_embeds=x).logits, True, 1, s, width) == pytest.approx(share, rel=1e-3)
+    assert counted.vision == (3 if vision else 1)
 
 
 def test_experts_cost_their_active_share(configs: list[Path]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_mm.config import check_layout, load_config
 from megatron_mm.config.checks import check_consistency
 from megatron_mm.config.files import read_config
-from megatron_mm.config.nearest import first_stage_share, load_for, nearest_layouts
+from megatron_mm.config.nearest import first_stage_share, load_for, nearest_layouts, nearest_world_sizes
 from megatron_mm.errors import UserError
 from tests.ranks import ROOT
 
@@ -62,6 +62,43 @@ def test_where_no_layout_works_the_nearest_numbers_of_ranks_are_named() -> None:
         load_for(RECIPES / "mm1-30b.yaml", [], 252)
     assert "start 128 or 256 ranks" in refused.value.do
     assert load_for(RECIPES / "mm1-30b.yaml", [], 128)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("mm1-30b", 252), ("mm1-3b", 7), ("mm1-3b", 64), ("mm1-3b-moe", 130)])
+def test_the_nearest_numbers_of_ranks_are_those_that_a_search_of_all_finds(name: str, gpus: int) -> None:
+    config = load_config(RECIPES / f"{name}.yaml")
+
+    def works(world_size: int) -> bool:
+        try:
+            return check_layout(config, world_size) > 0
+        except UserError:
+            return False
+
+    below = next((n for n in range(gpus - 1, 0, -1) if works(n)), None)
+    above = next((n for n in range(gpus + 1, 4 * gpus + 1) if works(n)), None)
+    assert nearest_world_sizes(config, gpus) == [n for n in (below, above) if n]
+
+
+def test_an_absurd_number_of_ranks_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="start 512 ranks"):
+        load_for(RECIPES / "mm1-3b.yaml", [], 10**8)
+
+
+@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "parallel.tensor_model_parallel_size",
+        "parallel.pipeline_model_parallel_size",
+        "parallel.virtual_pipeline_model_parallel_size",
+        "parallel.expert_model_parallel_size",
+        "training.micro_batch_size",
+    ],
+)
+def test_sizes_below_one_have_no_neighbours(field: str, value: int) -> None:
+    with pytest.raises(UserError, match="out of range") as refused:
+        load_for(RECIPES / "mm1-3b-moe.yaml", [f"{field}={value}"], 64)
+    assert refused.value.where == field
 
 
 def test_other_faults_keep_their_error() -> None:

@@ -13,9 +13,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_mm.config import RunConfig, check_layout, load_config
+from megatron_mm.errors import UserError
+from megatron_mm.model.sizes import document_pairs, flops
 from megatron_mm.planning.hardware import ASSUMPTIONS, GPUS
 from megatron_mm.planning.live import LiveBytes
 from megatron_mm.planning.plan import Plan, Target, estimated_plan, make_plans
+from megatron_mm.planning.report import check_output, write_report
 from megatron_mm.planning.search import search
 from tests.ranks import ROOT, rank_environment
 
@@ -149,6 +152,35 @@ def test_precision_and_frozen_parts_show() -> None:
     assert 1 / 2 < frozen.decoder / bf16.decoder < 1  # no gradients of weights
 
 
+def test_backward_passes_of_frozen_parts_take_no_time() -> None:
+    def encoder(*frozen: str) -> float:
+        return estimate("mm1-3b", 64, f"training.frozen=[{', '.join(frozen)}]").time.encoder
+
+    forward = encoder("vision", "connector")
+    assert encoder() == encoder("decoder") == pytest.approx(3 * forward)
+    vision = encoder("vision")  # connector: forward, gradients of activations, gradients of weights
+    assert encoder() - encoder("connector") == pytest.approx((vision - forward) / 2)  # the last of these three
+
+
+def test_a_frozen_encoder_that_is_cut_sends_no_gradients() -> None:
+    def messages(images: int, frozen: str) -> float:
+        cut = "parallel.vision_tensor_parallel=true"
+        return estimate("mm1-3b", 64, cut, f"training.frozen={frozen}", images=images).time.tensor_parallel
+
+    none = messages(0, "[]")
+    assert messages(0, "[vision]") == none
+    assert messages(8, "[vision]") - none == pytest.approx((messages(8, "[]") - none) / 2)
+
+
+def test_mfu_counts_no_gradients_that_frozen_parts_do_not_need() -> None:
+    config = recipe("mm1-3b", "training.frozen=[vision, decoder]")
+    plan, rows, s = estimated_plan(config, target(64)), config.training.global_batch_size, config.data.seq_length
+    work = flops(config.model, rows * s, rows * document_pairs([s]), rows * 11)
+    useful = work.vision + 3 * work.connector + 2 * work.decoder + 3 * work.attention
+    assert plan.mfu == pytest.approx(useful / (plan.time.total * 64 * GPUS["h100"].bf16))
+    assert estimate("mm1-3b", 64).flops == pytest.approx(3 * work.total)
+
+
 def test_context_parallelism_cuts_the_work_and_costs_messages() -> None:
     whole = estimate("mm1-3b", 64, "training.micro_batch_size=2")
     cut = estimate("mm1-3b", 64, "training.micro_batch_size=2", "parallel.context_parallel_size=2")
@@ -166,6 +198,17 @@ def test_images_cost_time_and_their_spread_too() -> None:
     # Half of the sequences hold 16 images, the others none: with one sequence a microbatch nothing evens that out.
     uneven = estimate("mm1-30b", 256, "parallel.first_pipeline_stage_layers=null", images=8).time
     assert uneven.imbalance > 0
+
+
+@pytest.mark.parametrize("name", ["mm1-3b", "mm1-3b-moe"])
+def test_a_step_of_one_microbatch_waits_for_the_rank_with_most_images(name: str) -> None:
+    """Half of the sequences hold 16 images: some rank has one of them, and nothing else to do."""
+    alone = "training.micro_batch_size=1", "parallel.overlap_grad_reduce=false"  # the reduction hidden behind nothing
+    some, most = (estimate(name, 1024, *alone, images=n) for n in (8, 16))
+    assert some.microbatches == 1
+    assert some.time.encoder == pytest.approx(most.time.encoder / 2)
+    assert some.time.total == pytest.approx(most.time.total)
+    assert most.time.imbalance == 0
 
 
 def test_search_is_sorted_fits_and_beats_the_recipe() -> None:
@@ -238,13 +281,45 @@ def test_command_refuses_what_does_not_fit() -> None:
         (["--gpus", "48", "--gpu", "h100"], "works on 48 ranks"),
         (["--gpus", "64", "--gpu", "a100", "training.fp8=delayed"], "training.fp8"),
         (["--gpus", "64", "--gpu", "h100", "--images-per-sequence", "17"], "up to data.max_images"),
+        (["--gpus", "64", "--gpu", "h100", "--images-per-sequence", "inf"], "up to data.max_images"),
+        (["--gpus", "64", "--gpu", "h100", "--images-per-sequence", "nan"], "0 or more"),
+        (["--gpus", "64", "--gpu", "h100", "--output", f"{__file__}/report.md"], "cannot write the report"),
     ],
 )
 def test_command_refuses_early(arguments: list[str], told: str) -> None:
     done = plan_command("--config", RECIPES / "mm1-3b-moe.yaml", *arguments)
     assert done.returncode == 2
+    assert done.stdout == ""
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["file/report.md", "file/new/report.html", "folder.md", "folder.html", "drawn.md", "x" * 300 + ".md"],
+)
+def test_a_report_that_cannot_be_written_is_told(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for folder in ("folder.md", "folder.html", "drawn.svg"):
+        (tmp_path / folder).mkdir()
+    plan = estimate("mm1-3b", 64)
+    with pytest.raises(UserError, match="cannot write the report"):
+        check_output(tmp_path / output)
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(tmp_path / output, "title", plan, [], "command")
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_looking_whether_a_report_can_be_written_leaves_what_is_there(tmp_path: Path) -> None:
+    output = tmp_path / "new/report.md"
+    check_output(output)
+    assert list(output.parent.iterdir()) == []
+    output.write_text("earlier")
+    check_output(output)
+    assert output.read_text() == "earlier"
+    assert write_report(output, "title", estimate("mm1-3b", 64), [], "command") == [output.with_suffix(".svg"), output]
+    assert sorted(output.parent.iterdir()) == [output, output.with_suffix(".svg")]
 
 
 def test_reserve_leaves_most_of_the_memory() -> None:
