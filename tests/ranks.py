@@ -8,10 +8,8 @@ import contextlib
 import functools
 import json
 import os
-import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,21 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.parallel.backend import on_gpu
+from megatron_mm.parallel.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    """One that nobody holds. Below the range from which the system takes ports for outgoing connections: one of those
-    could take it before the ranks do."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def rank_environment(**extra: str) -> dict[str, str]:
@@ -156,7 +142,7 @@ def logs(log_dir: Path) -> str:
     return "\n".join(f"--- {f.name}\n{f.read_text(errors='replace')[-4000:]}" for f in sorted(log_dir.glob("*.log")))
 
 
-def run_ranks(count: int, command: list[str], log_dir: Path, timeout: float = 120) -> str:
+def run_ranks(count: int, command: list[str], log_dir: Path, timeout: float = 300) -> str:
     """Run to the end; fails with the logs if any rank does. Answers with rank 0's log."""
     codes = wait_ranks(start_ranks(count, command, log_dir), log_dir, timeout)
     assert codes == [0] * count, f"exit codes {codes}\n{logs(log_dir)}"

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 def quickstart(output: Path) -> str:
     done = subprocess.run(
         [sys.executable, "examples/quickstart/run.py", "--smoke", "--output", str(output)],
-        cwd=ROOT, env=os.environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=os.environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_quickstart_takes_every_step_and_again(tmp_path: Path) -> None:
     output = tmp_path / "quickstart"
     told = quickstart(output)
@@ -38,7 +38,7 @@ def test_quickstart_takes_every_step_and_again(tmp_path: Path) -> None:
     ):
         assert 0 <= value <= 1
     assert scores["vqa_accuracy_question_only"] > 0  # the majority answer needs no training
-    assert scores["resumed_at_step"] in (6, 9)
+    assert scores["resumed_at_step"] in (6, 9, 12)
     assert f"resumed after step {scores['resumed_at_step']}" in told
 
     # Every step counts once, though some were done twice.
@@ -61,7 +61,7 @@ def test_quickstart_takes_every_step_and_again(tmp_path: Path) -> None:
 def test_documents_have_the_form_of_the_prompt(tmp_path: Path) -> None:
     """Interleaved turns read exactly as the few-shot prompt; no test picture is in any training file."""
     command = [sys.executable, "examples/quickstart/prepare.py", "--output", str(tmp_path), "--limit", "40"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]

@@ -22,7 +22,7 @@ SHAPES = ("circle", "square")
 def tool(name: str, *arguments: str | Path) -> str:
     """Run `python tools/NAME ARGUMENTS…`; fails with its output."""
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 

@@ -68,14 +68,16 @@ class Archive:
     def _write(self) -> None:
         if self.file is None:
             return
-        found = {path: path.stat().st_mtime_ns for path in sorted(self.results.glob("gpu-*.*"))}
-        held = {path.name: changed for path, changed in found.items() if path.suffix != ".part"}
+        # A .part is about to be renamed: it may be gone at any time.
+        found = [path for path in sorted(self.results.glob("gpu-*.*")) if path.suffix != ".part"]
+        held = {path.name: path.stat().st_mtime_ns for path in found}
         if held == self._held:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(self.file.name + ".part")
         with tarfile.open(part, "w:gz") as archive:
             for name in held:
-                archive.add(self.results / name, name)
+                with (self.results / name).open("rb") as file:  # the same file to the end, also if it is replaced
+                    archive.addfile(archive.gettarinfo(arcname=name, fileobj=file), file)
         part.replace(self.file)
         self._held = held

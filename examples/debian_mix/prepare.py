@@ -71,7 +71,8 @@ def fetch(packages: Iterable[str], folder: Path) -> None:
         started, partial = time.monotonic(), folder / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _call(["apt-get", "download", "-q", name], partial, f"cannot download the package {name}")
+        download = ["apt-get", "-o", "Acquire::Retries=5", "download", "-q", name]
+        _call(download, partial, f"cannot download the package {name}")
         [archive] = partial.glob("*.deb")
         size = archive.stat().st_size
         _call(["dpkg-deb", "-x", archive.name, "files"], partial, f"cannot unpack the package {name}")

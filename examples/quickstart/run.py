@@ -141,6 +141,8 @@ class Quickstart:
                 )
             time.sleep(0.1)
         kill_tree(training)
+        newest = latest(checkpoints)  # it may have written another one meanwhile
+        assert newest is not None
         print(f"killed (SIGKILL) with a checkpoint at step {step_of(newest)}", flush=True)
         return step_of(newest)
 

@@ -13,8 +13,10 @@ after it is the same under every launcher. The order of the questions matters:
 """
 
 import os
+import random
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +53,7 @@ def launch() -> Launch:
         return _mpi(mpi_variable)
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         return _slurm()
-    return _publish(Launch(0, 1, 0, 1, "single"), _LOOPBACK, _free_port())
+    return _publish(Launch(0, 1, 0, 1, "single"), _LOOPBACK, free_port())
 
 
 def _torchrun() -> Launch:
@@ -102,7 +104,7 @@ def _mpi(variable: str) -> Launch:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # Rank 0's own address as the others see it; on one node the loopback always works, names may not resolve.
     host = _LOOPBACK if node.size == world.size else os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    here = (os.environ.get("MASTER_ADDR", host), int(os.environ.get("MASTER_PORT") or _free_port()))
+    here = (os.environ.get("MASTER_ADDR", host), int(os.environ.get("MASTER_PORT") or free_port()))
     address, port = world.bcast(here if world.rank == 0 else None)
     result = _publish(Launch(world.rank, world.size, node.rank, node.size, "mpi"), address, port)
     node.Free()
@@ -151,7 +153,10 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+def free_port() -> int:
+    """One that nobody holds on any of this machine's addresses, and that is no Slurm step's (`_slurm`)."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, _FIRST_PORT)  # whatever seed the program has set
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

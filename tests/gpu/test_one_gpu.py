@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.parallel.launch import free_port
 from megatron_mm.training.checkpoint_files import step_directory
 from tests.parallel.recipes import write_config
 from tests.parallel.test_checkpoints import same
 from tests.parallel.test_layouts import assemble
-from tests.ranks import ROOT, free_port, rank_environment
+from tests.ranks import ROOT, rank_environment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none here")
 

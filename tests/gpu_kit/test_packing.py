@@ -33,13 +33,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pack(wheels: Path, dest: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": sys.executable, "WHEELS": str(wheels), "PART_KIB": "256", "BUNDLE_MIB": "1"}
-    return subprocess.run([GPU / "pack.sh", dest], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([GPU / "pack.sh", dest], env=environment, capture_output=True, text=True, timeout=180)
 
 
 def unpack(bundle_: Path, site: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": sys.executable, "BUILD": "no"}
     return subprocess.run(
-        [GPU / "unpack.sh", bundle_, site], env=environment, capture_output=True, text=True, timeout=60
+        [GPU / "unpack.sh", bundle_, site], env=environment, capture_output=True, text=True, timeout=180
     )
 
 
@@ -67,7 +67,7 @@ def test_bundles_come_back_whole_in_any_order(packed: Path, wheels: Path, tmp_pa
         assert (site / "megatron-core-1.0/megatron/noise").read_bytes() == wheel.read("megatron/noise")
     assert (site / "dali/six.py").exists()
     shell = f". {site}/env.sh 1.0 && $python -c 'import plain, megatron.core; print(megatron.core.v, plain.x)' && hello"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == ["1.0", "1", "hello"], done.stderr
 
 

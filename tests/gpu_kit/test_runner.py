@@ -55,7 +55,7 @@ def test_cases_are_kept_one_by_one(tmp_path: Path) -> None:
 
     def call(*arguments: str) -> tuple[int, str, dict[str, dict]]:
         command = [sys.executable, str(script), "--results", str(tmp_path), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         return done.returncode, done.stdout, json.loads((tmp_path / "gpu-toy.json").read_text())
 
     code, said, record = call("--only", "good", "also", "bad", "slow", "other", "fills")
@@ -101,7 +101,7 @@ def test_a_full_gpu_is_left_to_the_next_process(tmp_path: Path) -> None:
     script.write_text(CASES.replace(line, full_once))
     command = [sys.executable, str(script), "--results", str(tmp_path), "--only", "fills", "last"]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(GPU)}, capture_output=True, text=True, timeout=60
+        command, env=os.environ | {"PYTHONPATH": str(GPU)}, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "gpu-toy.json").read_text())["cases"]
@@ -111,7 +111,7 @@ def test_a_full_gpu_is_left_to_the_next_process(tmp_path: Path) -> None:
 def run_all(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", str(GPU / "run.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_rehearsal(tmp_path: Path) -> None:
 def test_files_of_tests_run_side_by_side(tmp_path: Path) -> None:
     command = [sys.executable, str(GPU / "run_tests.py"), "--smoke", "--results", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--only", "packed_attention", "one_gpu"], capture_output=True, text=True, timeout=200
+        [*command, "--only", "packed_attention", "one_gpu"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "gpu-tests.json").read_text())["cases"]

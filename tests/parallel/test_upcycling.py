@@ -132,7 +132,7 @@ def refused(folder: Path, tmp_path: Path, change: dict[str, dict[str, Any]], *op
     done = subprocess.run(
         [sys.executable, ROOT / "tools/convert_checkpoint.py", "upcycle", "--checkpoint", folder / "dense",
          "--config", tmp_path / "moe.yaml", "--output", tmp_path / "out", *options],
-        capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

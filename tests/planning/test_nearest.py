@@ -107,7 +107,7 @@ def test_other_faults_keep_their_error() -> None:
     assert "works on" not in refused.value.do
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(gpus=st.integers(1, 600), tp=st.integers(1, 12), pp=st.integers(1, 12), ep=st.sampled_from([1, 2, 3, 8, 64]))
 def test_every_proposal_passes_the_checks(gpus: int, tp: int, pp: int, ep: int) -> None:
     config = load_config(RECIPES / "mm1-3b-moe.yaml")

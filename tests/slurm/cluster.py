@@ -10,6 +10,7 @@ live on one host. Nothing outlives the `with`: daemons and whatever they started
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from megatron_mm.parallel.launch import free_port
 from tests.ranks import rank_environment
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -58,6 +60,9 @@ KillWait=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
+# Ranks meet at a port that comes from the job's number: another suite's cluster on this machine should have others.
+# Two digits at most: they are part of what MPICH says to mpi/pmi2, which takes no more than 1024 characters at once.
+FirstJobId={first_job}
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=1-0 State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=1-0 State=UP PriorityTier=100 PreemptMode=OFF
@@ -88,7 +93,10 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         for gpu in range(gpus):
             (self.folder / f"gpu{gpu}").symlink_to("/dev/null")
-        port, *ports = _free_ports(len(self.names) + 1)
+        different: set[int] = set()
+        while len(different) <= len(self.names):
+            different.add(free_port())
+        port, *ports = different
         nodes = "\n".join(
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={p} CPUs=4 RealMemory=4000 Gres=gpu:{gpus}"
             for name, p in zip(self.names, ports, strict=True)
@@ -97,7 +105,11 @@ class SlurmCluster:
             f"AutoDetect=off\nNodeName={','.join(self.names)} Name=gpu File={self.folder}/gpu[0-{gpus - 1}]\n"
         )
         host = socket.gethostname().split(".")[0]
-        self.conf.write_text(CONF.format(host=host, port=port, user=getpass.getuser(), folder=self.folder, nodes=nodes))
+        conf = CONF.format(
+            host=host, port=port, user=getpass.getuser(), folder=self.folder, nodes=nodes,
+            first_job=random.SystemRandom().randrange(1, 60),
+        )  # fmt: skip
+        self.conf.write_text(conf)
 
     def __enter__(self) -> "SlurmCluster":
         try:
@@ -165,7 +177,7 @@ class SlurmCluster:
 
     def _try(self, *command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
-        return subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        return subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=180)
 
     def run(self, *command: str | Path, cwd: Path | None = None) -> str:
         """A command in the cluster's environment; answers with stdout, fails with stderr."""
@@ -208,13 +220,3 @@ class SlurmCluster:
 def _search_path() -> str:
     """Debian keeps daemons where a user's PATH does not look."""
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -37,20 +36,24 @@ def test_same_bytes_as_from_one_process(cluster: SlurmCluster, data: Path, tmp_p
 @pytest.mark.parametrize("option", ["--kill-on-bad-exit=1", "--kill-on-bad-exit=0"])
 def test_a_killed_rank_ends_the_step(cluster: SlurmCluster, data: Path, tmp_path: Path, option: str) -> None:
     """At once where Slurm is told to, else when nothing is heard of it."""
-    prefix = tmp_path / "x"
+    prefix, step_is_over = tmp_path / "x", threading.Event()
 
     def kill_a_rank() -> None:
         while not list(tmp_path.glob("x.shards/*.done.json")):
-            time.sleep(0.005)
+            if step_is_over.wait(0.005):
+                return
         ranks = [p for p in psutil.process_iter() if str(prefix) in " ".join(_words(p)) and _rank(p) == "1"]
         ranks[0].kill()
 
     killer = threading.Thread(target=kill_a_rank)
     killer.start()
     words = command(data, prefix, 6 * PICTURE_BYTES)
-    with pytest.raises(AssertionError) as error:
-        cluster.run(*STEP, option, "env", "SILENCE=3", *words)
-    killer.join()
+    try:
+        with pytest.raises(AssertionError) as error:
+            cluster.run(*STEP, option, "env", "SILENCE=3", *words)
+    finally:
+        step_is_over.set()
+        killer.join()
     assert ("rank 1: a rank is dead" in str(error.value)) == option.endswith("0")
     cluster.run(*STEP, *words)
     assert not list(tmp_path.glob("x.shards"))

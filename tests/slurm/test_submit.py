@@ -28,7 +28,7 @@ def submit(config: Path, *options: str | Path, path: str | None = None) -> subpr
     command = [sys.executable, ROOT / "slurm" / "submit.py", "--config", config, *options]
     env = rank_environment(PATH=os.environ["PATH"] if path is None else path)
     return subprocess.run(
-        [str(word) for word in command], cwd=config.parent, env=env, capture_output=True, text=True, timeout=60
+        [str(word) for word in command], cwd=config.parent, env=env, capture_output=True, text=True, timeout=180
     )
 
 

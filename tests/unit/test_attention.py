@@ -9,7 +9,7 @@ from megatron_mm.model.attention import attention_mask, document_starts, image_s
 ROWS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ROWS, st.integers(0, 3), st.booleans())
 def test_borders_and_mask_agree(rows: list[list[int]], padding: int, blocks: bool) -> None:
     """Document numbers start anew in each row, so the last of one row and the first of the next may be the same."""

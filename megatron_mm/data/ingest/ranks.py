@@ -8,6 +8,7 @@ all of them.
 
 import fcntl
 import os
+import select
 import signal
 import stat
 import struct
@@ -123,8 +124,12 @@ def hand_over_messages() -> None:
 
 
 def _unread(file: int) -> int:
-    """Bytes written to a pipe that nobody has read yet; 0 for other files."""
+    """Bytes written to a pipe that its reader has not read yet; 0 for other files and when the reader is gone."""
     if not stat.S_ISFIFO(os.fstat(file).st_mode):
+        return 0
+    poll = select.poll()
+    poll.register(file, 0)
+    if poll.poll(0):  # POLLERR, which is told unasked
         return 0
     (count,) = struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, bytes(4)))
     return int(count)

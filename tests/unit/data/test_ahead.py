@@ -18,13 +18,13 @@ def count(n, log=None):
 
 
 @given(st.integers(0, 30), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_in_order(n, depth):
     assert list(ahead(count(n), lambda i: i * i, depth)) == [i * i for i in range(n)]
 
 
 def wait_until(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -135,7 +135,7 @@ def train(prefix: Path, cache: Path) -> Iterator[np.ndarray]:
             yield sequence.tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(part=st.sampled_from(FILES), what=damages())
 def test_damage_is_found_and_crashes_nobody(files: Files, tmp_path_factory, part, what):
     content = damage(files.whole[part], *what)
@@ -151,7 +151,7 @@ def test_damage_is_found_and_crashes_nobody(files: Files, tmp_path_factory, part
         list(train(files.prefix, tmp_path_factory.mktemp("cache")))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(part=st.sampled_from(FILES), what=damages())
 def test_what_verifies_can_be_trained_on(files: Files, tmp_path_factory, part, what):
     """Files that were wrong when their digests were taken."""
@@ -165,7 +165,7 @@ def test_what_verifies_can_be_trained_on(files: Files, tmp_path_factory, part, w
         assert list(train(files.prefix, tmp_path_factory.mktemp("cache")))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_wrong_manifests(files: Files, data):
     manifest = json.loads(files.whole["manifest.json"])

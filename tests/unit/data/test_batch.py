@@ -97,7 +97,7 @@ def test_no_piece_is_padding(sources):
     assert not out.loss_mask.any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 8), st.integers(1, 8), st.data())
 def test_deal_is_a_partition_into_equal_bins(bins, room, data):
     counts = np.array(data.draw(st.lists(st.integers(0, 16), min_size=bins * room, max_size=bins * room)))

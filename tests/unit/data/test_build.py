@@ -49,7 +49,7 @@ def command(lines: Path, output: Path, tokenizer, *more: str | int, chunk: int =
 
 
 def finish(words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(words, env=rank_environment(**environment), capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=rank_environment(**environment), capture_output=True, text=True, timeout=300)
 
 
 def content(prefix: Path) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def start(words: list[str], enough: Callable[[], bool]) -> Started:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     return not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -136,7 +136,7 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path, lines, tokenizer, expect
     run, children = start(command(lines, prefix, tokenizer, "--workers", 2), lambda: shards_done(prefix) >= 2)
     worker = next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
     worker.kill()
-    _, errors = run.communicate(timeout=20)
+    _, errors = run.communicate(timeout=60)
     assert run.returncode == 2
     assert "a worker died" in errors
     assert "killed by SIGKILL" in errors
@@ -153,7 +153,7 @@ def test_asked_to_stop(tmp_path, lines, tokenizer, number, code):
     run, children = start(command(lines, prefix, tokenizer, "--workers", 2), lambda: shards_done(prefix) >= 1)
     asked = time.monotonic()
     run.send_signal(number)
-    _, errors = run.communicate(timeout=20)
+    _, errors = run.communicate(timeout=60)
     assert time.monotonic() - asked < 5
     assert run.returncode == code
     assert "finished shards are kept" in errors
@@ -170,7 +170,7 @@ def test_ranks_asked_to_stop(tmp_path, lines, tokenizer, number):
     words = [str(MPIEXEC), "-n", "3", *command(lines, prefix, tokenizer)]
     run, children = start(words, lambda: shards_done(prefix) >= 1)
     run.send_signal(number)
-    run.communicate(timeout=20)
+    run.communicate(timeout=60)
     assert run.returncode != 0
     assert are_gone(children)
 
@@ -180,7 +180,7 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path, lines, tokenizer):
     words = [str(MPIEXEC), "-n", "3", *command(lines, prefix, tokenizer)]
     run, children = start(words, lambda: shards_done(prefix) >= 2)
     next(child for child in children if child.environ().get("PMI_RANK") == "2").kill()
-    run.communicate(timeout=30)
+    run.communicate(timeout=120)
     assert run.returncode != 0
     assert are_gone(children)
     assert shards_done(prefix) >= 2
@@ -292,10 +292,14 @@ def test_two_builds_of_one_source(tmp_path, lines, tokenizer, expected):
     prefix = tmp_path / "x"
     words = command(lines, prefix, tokenizer, "--workers", 2)
     run, _ = start(words, lambda: shards_done(prefix) >= 1)
-    other = finish(words)
+    run.send_signal(signal.SIGSTOP)  # or it may be done before the other looks
+    try:
+        other = finish(words)
+    finally:
+        run.send_signal(signal.SIGCONT)
     assert other.returncode == 2
     assert "another process is writing this source" in other.stderr
-    run.communicate(timeout=60)
+    run.communicate(timeout=180)
     assert run.returncode == 0
     assert same(content(prefix), expected)
 
@@ -316,6 +320,6 @@ def test_ranks_that_cannot_speak_to_each_other(tmp_path, lines, tokenizer):
     environment = rank_environment(
         RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"
     )
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 2
     assert "mpiexec" in done.stderr

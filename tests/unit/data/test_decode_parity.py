@@ -57,7 +57,7 @@ def pillow(data: bytes, size: int) -> np.ndarray:
     size=st.sampled_from([112, 224, 378]),
 )
 # A counter-example is told as it was found: making it smaller takes minutes.
-@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=20, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_as_pillow(name, pictures, size):
     shapes = [(width, min(500, max(64, round(width * tall)))) for _, width, tall, _ in pictures]
     encoded = [encode(photo(p[0], *shape), *p[3]) for p, shape in zip(pictures, shapes, strict=True)]

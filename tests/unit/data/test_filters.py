@@ -122,7 +122,7 @@ pages = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pages=pages, most=st.integers(1, 3), repeats=st.integers(1, 3), chunk=st.sampled_from([1, 1 << 30]))
 def test_filters_do_what_the_rules_say(tmp_path_factory, tokenizer, pages, most, repeats, chunk):
     folder = tmp_path_factory.mktemp("filters")
@@ -244,7 +244,6 @@ parts = st.lists(
 
 
 @given(parts=parts)
-@settings(deadline=None)
 def test_a_dropped_picture_leaves_no_trace(tokenizer, parts):
     """Placeholder and loss ranges are those of a record without it; ranges name exactly the trained texts' tokens."""
     rules = Filters(min_image_side=100)
@@ -274,7 +273,6 @@ def test_a_dropped_picture_leaves_no_trace(tokenizer, parts):
 hashes = st.integers(0, 2**64 - 1) | st.integers(0, 5)
 
 
-@settings(deadline=None)
 @given(
     counts=st.lists(st.dictionaries(hashes, st.integers(1, 4), max_size=20), max_size=4),
     at_once=st.sampled_from([1, 7, 1 << 20]),

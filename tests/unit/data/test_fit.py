@@ -40,7 +40,7 @@ def naive_fit(pieces: list[tuple[int, int]], limits: Limits) -> list[int]:
     return sequence
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=60))
 def test_fit_is_the_naive_one(items):
     limits = Limits(positions=40, images=5, tokens_per_image=1)

@@ -54,7 +54,7 @@ def test_a_document_an_annotation(folder):
     assert [record.id for record in records] == [f"{path}:annotations[{i}]" for i in range(3)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_chunks_tile_the_list(folder, annotations, step):
     content = CONTENT | {"annotations": [{"image_id": 9, "caption": str(i)} for i in range(annotations)]}
@@ -126,13 +126,13 @@ def test_bad_annotations_stand_in_their_place(folder):
         assert told in record.reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(spoiled(CONTENT))
 def test_any_types_anywhere(folder, content):
     read_damaged(FORM, write(folder, content, "spoiled.json"), "caption")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(damaged(json.dumps(CONTENT).encode()))
 def test_damaged_files(folder, data):
     path = folder / "annotations" / "damaged.json"

@@ -267,7 +267,7 @@ GOOD = (
 ).encode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(damaged(GOOD))
 def test_damaged_pages(site, data):
     (site / "damaged.html").write_bytes(data)
@@ -284,7 +284,7 @@ _PIECES = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.lists(_PIECES | st.text(max_size=3)))
 def test_any_soup(site, pieces):
     """Text of whatever page starts and ends with words, and never has three line ends in a row outside of code."""
@@ -300,7 +300,7 @@ def test_any_soup(site, pieces):
         assert "  " not in said
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=400))
 def test_any_bytes(site, data):
     assert len(read(site, data)) == 1

@@ -31,7 +31,7 @@ def compress(suffix: str, data: bytes) -> bytes:
     return gzip.compress(data, mtime=0) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from((b"", b"  ", b'{"text": "a b"}', b'{"text": "\xc3\xa9"}', b"[", b"\xff", b"x" * 90))),
     st.sampled_from((b"\n", b"\r\n")),
@@ -105,7 +105,7 @@ def test_compressed_files_cut_short_tell_so(folder, suffix):
         assert len(good) >= 0.8 * len(TEXTS) * max((end for end in ends if end <= cut), default=0) / len(whole) - 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from(("", ".gz", ".zst")))
 def test_damaged_files(folder, data, suffix):
     path = folder / f"damaged.jsonl{suffix}"

@@ -123,7 +123,7 @@ def test_bytes_that_are_no_utf8_spoil_one_record(folder):
     assert isinstance(last, Record)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([3, "é\n]}", [[]], {"a": '\\"]'}, {"b": {"c": [1, "x" * 300]}}, -1.5, None, True])),
     st.sampled_from([None, 1]),
@@ -153,7 +153,7 @@ def test_chunks_of_lines_count_the_pictures(folder):
     assert sum(chunk.bytes for chunk in chunks) == pytest.approx(100 * PICTURE_BYTES, rel=0.01)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 10))
 def test_chunks_tile_the_list(folder, records, step):
     path = write(folder, [talk(str(i), "x") for i in range(records)], "tiles.json")
@@ -196,7 +196,7 @@ def test_an_empty_file_and_none(folder):
         FORM.chunks([write(folder, [talk("<image>", "A cat.", image="gone.jpg")], "gone.json")])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(spoiled(RECORD), st.booleans())
 def test_any_types_anywhere(folder, record, lines):
     three = [RECORD, record, RECORD]
@@ -208,7 +208,7 @@ def test_any_types_anywhere(folder, record, lines):
     assert records[2].parts == records[0].parts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(damaged(json.dumps([RECORD] * 3).encode()))
 def test_damaged_files(folder, data):
     path = folder / "damaged.json"

@@ -152,7 +152,7 @@ def test_bad_records(folder, told):
     assert told in reason(read_all(FORM, [path], "interleaved"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(spoiled(RECORD))
 def test_any_types_anywhere(folder, record):
     path = write_jsonl(folder / "spoiled.jsonl", [RECORD, record, RECORD])
@@ -163,7 +163,7 @@ def test_any_types_anywhere(folder, record):
     assert records[0].parts == records[2].parts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_files(folder, data):
     whole = "".join(json.dumps(record) + "\n" for record in [RECORD] * 3).encode()

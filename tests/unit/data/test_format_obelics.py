@@ -176,7 +176,7 @@ ROWS: list[Row] = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5000), st.integers(1, 45))
 def test_any_cut_gives_the_same_records(folder, chunk_bytes, group):
     path = write(folder / "cut.parquet", BYTES, ROWS, row_group_size=group)
@@ -185,7 +185,7 @@ def test_any_cut_gives_the_same_records(folder, chunk_bytes, group):
     assert read_all(Obelics(chunk_bytes), [path], "interleaved") == records
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_files(folder, data):
     whole = write(folder / "whole.parquet", BYTES, ROWS, row_group_size=15).read_bytes()

@@ -62,7 +62,7 @@ def test_img2dataset(folder):
     assert [record.id for record in records] == [f"{path}:row {i}" for i in good]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4000), st.integers(1, ROWS + 5), st.sampled_from(("NONE", "SNAPPY", "ZSTD")))
 def test_any_cut_gives_the_same_records(folder, chunk_bytes, group, compression):
     path = write(folder / "cut.parquet", img2dataset(), row_group_size=group, compression=compression)
@@ -229,7 +229,7 @@ def test_a_damaged_row_group_is_told_and_the_others_are_read(folder):
 WHOLE: dict[str, bytes] = {}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.data(), st.sampled_from(("NONE", "SNAPPY")), st.sampled_from(("caption", "text")))
 def test_damaged_files(folder, data, compression, kind):
     if compression not in WHOLE:

@@ -88,7 +88,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 KINDS = st.sampled_from(("plain", "dir", "link"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(PATHS, st.integers(0, 2000), KINDS), max_size=6),
     st.sampled_from((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)),
@@ -137,7 +137,7 @@ def test_a_truncated_shard_gives_its_good_samples_then_tells(folder):
     assert parts_of(read_all(WebDataset(), [path], "caption")) == [parts(i) for i in range(8)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_shards(folder, data):
     path = folder / "damaged.tar"

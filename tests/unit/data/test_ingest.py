@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
 
 
 def preprocess(kind: str, path: Path, output: Path, tokenizer, *more: str) -> subprocess.CompletedProcess:

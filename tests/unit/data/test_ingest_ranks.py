@@ -34,6 +34,21 @@ def test_a_file_and_a_reader_that_sleeps_hold_nobody_up(monkeypatch, tmp_path):
         assert (tmp_path / "out").read_text() == "said\n"
 
 
+def test_a_reader_that_goes_away_ends_the_wait(monkeypatch):
+    monkeypatch.setattr("megatron_mm.data.ingest.ranks._HAND_OVER", 600)
+    launchers, ours = os.pipe()
+    with os.fdopen(ours, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        print("error: said", file=stderr, flush=True)
+        waiting = threading.Thread(target=hand_over_messages, daemon=True)
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        os.close(launchers)
+        waiting.join(60)
+        assert not waiting.is_alive()
+
+
 def test_a_reader_that_is_gone(monkeypatch):
     launchers, ours = os.pipe()
     os.close(launchers)

@@ -286,7 +286,7 @@ def test_wrong_arguments(sources: Path, tokenizer: Tokenizer, arguments: list[st
     filled = [a.format(pages=sources / "pages", tokenizer=tokenizer.path) for a in arguments]
     output = [] if "--output" in filled else ["--output", "x.html"]
     command = [sys.executable, "tools/inspect_data.py", "show", *filled, *output]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

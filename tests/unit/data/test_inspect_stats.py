@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 def tool(*arguments: str | Path, code: int = 0) -> str:
     command = [sys.executable, "tools/inspect_data.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 

@@ -11,7 +11,7 @@ some_weights = st.lists(
 ).filter(any)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(some_weights, st.integers(0, 10**12))
 def test_counts_are_exact_within_the_number_of_sources(weights, offset):
     mixture = Mixture([11] * len(weights), weights, 0)
@@ -68,7 +68,7 @@ def test_epochs():
     assert Mixture([10, 20, 0], [1, 3, 0], 0).epochs(40) == [1.0, 1.5, 0.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.integers(1, 40), st.sampled_from([45.0, 0.1, 1 / 3, 1.0, 7.0, 0.0])), min_size=1, max_size=5

@@ -59,7 +59,7 @@ def test_many_processes_at_once(sources, tmp_path):
     )
     command = [sys.executable, "-c", script, sources, tmp_path]
     running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    lengths = {process.communicate(timeout=120)[0] for process in running}
+    lengths = {process.communicate(timeout=300)[0] for process in running}
     assert lengths == {f"{len(opened(sources, tmp_path))}\n"}
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -98,7 +98,7 @@ def test_full_disk(sources, tmp_path):
         "opened(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", script, sources, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "UserError" in done.stderr
     assert "cannot write the packing" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -115,9 +115,9 @@ def test_opening_reads_nothing_but_totals(tmp_path):
         if name == "offsets":
             array[-1] = totals["pieces"]
     (tmp_path / "packing.json").write_text(json.dumps({"totals": totals}))
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     packed = PackedSource(tmp_path, LAYOUT)
     assert (len(packed), packed.images, packed.fill) == (10_000_000, 7, 1.0)
     assert packed.pieces(5_000_000) == []
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB

@@ -9,7 +9,7 @@ from megatron_mm.data.pieces import Limits, cut, documents_of, windows
 from tests.unit.data.documents import Placed, documents, limits_
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     docs=documents(),
     limits=limits_,
@@ -63,7 +63,7 @@ def naive_cut(n: int, places: list[int], limits: Limits) -> list[tuple[int, int]
     return pieces
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(documents(), limits_)
 def test_cuts_are_the_naive_ones(docs, limits):
     for n, places in docs:

@@ -134,7 +134,7 @@ def test_killed_writer_leaves_the_older_source_and_is_no_obstacle(tmp_path, toke
         "w = SourceWriter(sys.argv[1], 'text', open_tokenizer(sys.argv[2]));"
         "[w.add([2, 7, 3]) for _ in range(1000)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "x", tokenizer.path], cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "x", tokenizer.path], cwd=ROOT, timeout=180)
     assert done.returncode == -signal.SIGKILL
     assert verify_source(tmp_path / "x").digest == digest
     write(tmp_path / "x", tokenizer, ["blue", "green"])

@@ -59,7 +59,7 @@ def files(prefix: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.endswith(".json")}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shares=st.lists(st.lists(documents(), min_size=1, max_size=6), min_size=1, max_size=4),
     at_once=st.sampled_from([1, 3, 1 << 16]),
@@ -88,7 +88,7 @@ def one_block(prefix: Path) -> Block:
     return block
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(content=st.lists(documents(), min_size=1, max_size=6), choice=st.randoms(use_true_random=False))
 def test_thinned_documents_are_those_that_never_had_the_pictures(tokenizer, content, choice):
     keep_documents = [choice.random() < 0.7 for _ in content]

@@ -46,7 +46,7 @@ def replace_with_text(tokenizer, prefixes: list[Path]) -> list[int]:
     """Write another source, without pictures, to each prefix, by a process that is killed at its first, second, … call
     that changes a name or syncs a file. Returns their exit codes."""
     words = [sys.executable, "-c", SCRIPT, tokenizer.path, *map(str, prefixes)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 

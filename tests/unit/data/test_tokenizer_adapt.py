@@ -126,13 +126,13 @@ def test_what_cannot_be_adapted(tmp_path, tokenizer):
 def test_the_command(tmp_path):
     source = write_tokenizer(tmp_path / "raw", "qwen")
     command = [sys.executable, "tools/adapt_tokenizer.py", "--from", str(source), "--output", str(tmp_path / "new")]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     tokenizer = open_tokenizer(tmp_path / "new")
     assert f"{tokenizer.vocab_size} ids" in done.stdout
     assert f"<image> {tokenizer.image_id}, bos {tokenizer.eos_id}, eos {tokenizer.eos_id}" in done.stdout
     train_tokenizer(lines(), tmp_path / "whole.model", 400)
     command[3], command[5] = str(tmp_path / "whole.model"), str(tmp_path / "other.model")
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "nothing to add" in done.stderr

@@ -25,10 +25,10 @@ def probe(*command: str | Path, **extra: str) -> list[dict[str, Any]]:
         text=True,
     )  # fmt: skip
     try:
-        output, errors = launcher.communicate(timeout=120)
+        output, errors = launcher.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         launcher.terminate()  # torchrun's ranks are in sessions of their own: it ends them itself
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=180)
         raise
     assert launcher.returncode == 0, errors
     return sorted((json.loads(line) for line in output.splitlines()), key=lambda said: said["rank"])
@@ -142,7 +142,7 @@ def test_incomplete_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[s
 def fails(*python_options: str, **extra: str) -> str:
     code = "from megatron_mm.errors import run_cli; from megatron_mm.parallel.launch import launch; run_cli(launch)"
     command = [sys.executable, *python_options, "-c", code]
-    done = subprocess.run(command, env=rank_environment(**extra), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=rank_environment(**extra), capture_output=True, text=True, timeout=180)
     assert done.returncode == 2, done.stderr
     return done.stderr
 

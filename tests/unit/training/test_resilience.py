@@ -69,7 +69,7 @@ def ask(process: subprocess.Popen[str]) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     return process.returncode
 
 
@@ -114,7 +114,7 @@ def test_the_first_attempt_is_number_0(tmp_path: Path) -> None:
 def test_loading_workers_outlive_a_signal_to_the_whole_step(tmp_path: Path) -> None:
     process = start(LOADING, tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert (output, process.returncode) == ("stopped\n", 0)
 
 
@@ -136,7 +136,7 @@ def test_no_reader_ever_sees_half_an_outcome(tmp_path: Path) -> None:
     process = start(writer, tmp_path)
     try:
         seen: set[int] = set()
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 120
         while len(seen) < 20 and time.monotonic() < limit:
             if (tmp_path / "outcome.json").exists():
                 seen.add(json.loads((tmp_path / "outcome.json").read_text())["step"])

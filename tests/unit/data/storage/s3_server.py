@@ -95,7 +95,8 @@ Fault = Callable[[socket.socket, bytes], None]  # is given the connection and th
 def status(code: int, error: str) -> Fault:
     """An S3 error."""
     body = f"<?xml version='1.0'?><Error><Code>{error}</Code><Message>injected</Message></Error>".encode()
-    head = f"HTTP/1.1 {code} {error}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    fields = f"Content-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
+    head = f"HTTP/1.1 {code} {error}\r\n{fields}\r\n\r\n".encode()
     return lambda connection, _: connection.sendall(head + body)
 
 

@@ -22,7 +22,7 @@ from tests.unit.data.storage.talks import PICTURES, SMALL, everything
 from tests.unit.data.test_ingest import ROOT
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_the_local_source(data, local, opened):
     documents = data.draw(st.lists(st.integers(0, len(local) - 1), max_size=12))
@@ -89,7 +89,7 @@ def test_a_documents_pictures_are_one_request(proxy, opened):
 
 def test_requests_run_in_parallel(proxy, opened, monkeypatch):
     monkeypatch.setattr("megatron_mm.data.storage.coalesce.coalesce.__defaults__", (0, 1))  # nothing is merged
-    meeting = threading.Barrier(8, timeout=20)
+    meeting = threading.Barrier(8, timeout=60)
 
     def together(connection: socket.socket, answer: bytes) -> None:
         meeting.wait()
@@ -131,6 +131,6 @@ def test_verify(proxy, remote, cache, local, tmp_path):
 def test_inspection_from_a_bucket(proxy, remote, cache):
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "verify", remote]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert f"{len(PICTURES)} documents" in done.stdout + done.stderr
