@@ -78,7 +78,9 @@ def fit(positions: np.ndarray, images: np.ndarray, limits: Limits) -> tuple[np.n
                 continue
             m, count = stock.images, stock.left[place]
             if count > 1:
-                count = 1 if room == limits.positions else _count(count, best, m, room, room_images, share, price)
+                # After a piece that is cheaper than what is kept free for its images larger ones may go in.
+                alone = room == limits.positions or best < price * min(m, share)
+                count = 1 if alone else _count(count, best, m, room, room_images, share, price)
             taken.append((stock.take(place, count), count, number))
             if not stock.sizes:
                 stocks.remove(stock)

@@ -33,7 +33,7 @@ from megatron_mm.errors import UserError
 
 __all__ = ["Limits", "PackedSource", "Piece", "Split", "pack"]
 
-VERSION = 3  # of the algorithm; part of the key
+VERSION = 4  # of the algorithm; part of the key
 WINDOW = 1 << 16  # pieces packed together
 _ARRAYS = {"pieces": PIECE, "offsets": np.dtype("<i8"), "images": np.dtype("<i4")}
 _QUIET = 3.0  # seconds before progress is shown
